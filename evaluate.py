@@ -1,0 +1,561 @@
+"""Measure models as the unlearning benchmarks do, in one table; and show what a weighting looks at.
+
+    python evaluate.py runs/etw [MORE ...] [--reference weights/retain] [--json FILE] [--heatmap FILE.svg]
+
+Four parts: the metrics, pure functions of numbers; reading those numbers off a model; pictures; the command line.
+Per-token means are in nats and include the end token unless said otherwise.
+"""
+import argparse
+import contextlib
+import html
+import json
+import math
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy.stats import ks_2samp, rankdata
+from tqdm import tqdm
+
+import data
+import etw
+import model
+from model import InputError
+
+MAX_NEW_TOKENS = 200  # of a greedy answer
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Metrics: float64 numpy in, float64 numpy out
+
+
+def probability(nll, wrong_nll=None):
+    """exp(−nll), (n,); with options, wrong_nll (n, k), its share among the answers: p / (p + Σ p_wrong) (TOFU)."""
+    p = np.exp(-np.asarray(nll, np.float64))
+    return p if wrong_nll is None else p / (p + np.exp(-np.asarray(wrong_nll, np.float64)).sum(-1))
+
+
+def truth_ratio(paraphrased_nll, perturbed_nll):
+    """Wrong over correct, (n,): exp(nll of the correct answer − mean over the k wrong ones of theirs), a geometric mean.
+
+    paraphrased_nll (n,), perturbed_nll (n, k), nats per token (TOFU, arXiv 2401.06121, equation 1)."""
+    with np.errstate(over="ignore"):  # a model that fell apart: infinity says so
+        return np.exp(np.asarray(paraphrased_nll, np.float64) - np.asarray(perturbed_nll, np.float64).mean(-1))
+
+
+def forget_quality(ratios, reference_ratios):
+    """p-value of the two-sample Kolmogorov-Smirnov test between truth ratios of a model and of the retain model (TOFU)."""
+    return np.float64(ks_2samp(np.asarray(ratios, np.float64), np.asarray(reference_ratios, np.float64)).pvalue)
+
+
+def model_utility(values):
+    """Harmonic mean of probability, ROUGE and truth ratio over all utility sets (TOFU); 0 if one of them is 0."""
+    values = np.asarray(values, np.float64)
+    return np.float64(0) if (values <= 0).any() else len(values) / (1 / values).sum()
+
+
+def rouge_l_recall(prediction, reference):
+    """Longest common subsequence of words over the reference's words; \\w+ in lower case, no stemming (TOFU stems)."""
+    predicted, words = (re.findall(r"\w+", s.lower()) for s in (prediction, reference))
+    best = [0] * (len(predicted) + 1)  # best[j]: common subsequence of the words so far and predicted[:j]
+    for word in words:
+        diagonal = 0
+        for j, other in enumerate(predicted, 1):
+            diagonal, best[j] = best[j], diagonal + 1 if word == other else max(best[j], best[j - 1])
+    return np.float64(best[-1] / len(words) if words else 0)
+
+
+def extraction_strength(hits):
+    """1 − k/n, k the first of the n tokens from which greedy argmax gets the whole suffix right; 0 if it misses the last."""
+    wrong = np.flatnonzero(~np.asarray(hits, bool))
+    return np.float64(1 - (wrong[-1] + 1) / len(hits) if len(wrong) else 1)
+
+
+def min_k(logprobs, share=0.4):
+    """Min-K membership score: − mean of the lowest max(1, ⌊share · n⌋) log-probabilities of n tokens, without end token."""
+    return -np.sort(np.asarray(logprobs, np.float64))[:max(1, int(share * len(logprobs)))].mean()
+
+
+def roc_auc(positive, negative):
+    """Probability that a positive's score is above a negative's, ties counting half; NaN if one of them is empty."""
+    n, m = len(positive), len(negative)
+    if not n * m:
+        return np.float64(np.nan)
+    ranks = rankdata(np.concatenate([positive, negative]).astype(np.float64))
+    return (ranks[:n].sum() - n * (n + 1) / 2) / (n * m)
+
+
+def priv_leak(auc, reference_auc):
+    """((1 − AUC) − (1 − AUC_ref)) / (1 − AUC_ref) · 100 (MUSE, arXiv 2407.06460); 0: forget rows look as if never seen."""
+    return 100 * (reference_auc - auc) / (1 - reference_auc) if reference_auc < 1 else np.float64(np.nan)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading the numbers off a model
+
+
+def precision(device, dtype):
+    """Autocast to bfloat16, or nothing: the context of every forward pass of train.py and evaluate.py."""
+    return torch.autocast(torch.device(device).type, dtype) if dtype == torch.bfloat16 else contextlib.nullcontext()
+
+
+def answer_tokens(decoder, sequences, dtype=torch.float32, hits=False, temperature=1.0, budget=8192, chunk=1024, bar=None):
+    """For each Sequence a float64 array (2 or 3, n) over its answer tokens: log p, entropy and, with hits, argmax correct.
+
+    Batches are of similar length and at most `budget` padded tokens; at most `chunk` rows of logits exist at a time."""
+    device = next(decoder.parameters()).device
+    by_length = sorted(range(len(sequences)), key=lambda i: len(sequences[i].tokens))
+    batches, results = [[]], [None] * len(sequences)
+    for i in by_length:
+        if batches[-1] and (len(batches[-1]) + 1) * len(sequences[i].tokens) > budget:
+            batches.append([])
+        batches[-1].append(i)
+    with torch.inference_mode(), precision(device, dtype), tqdm(total=len(sequences), desc=bar, disable=None if bar else True,
+                                                                leave=False) as progress:
+        for indices in filter(None, batches):
+            batch = data.collate([sequences[i] for i in indices], device)
+            valid = torch.arange(batch.mask.shape[1], device=device) < batch.lengths[:, None]
+            hidden = decoder.hidden(batch.inputs, batch.lengths)[batch.mask[valid]]
+            columns = []
+            for h, t in zip(hidden.split(chunk), batch.targets[batch.mask].split(chunk), strict=True):
+                numbers = etw.token_stats(h, decoder.head, t, temperature)
+                columns.append(torch.stack([*numbers, (h @ decoder.head.T).argmax(-1) == t] if hits else numbers))
+            columns = torch.cat(columns, 1).double().cpu().numpy()
+            ends = np.cumsum([len(sequences[i].tokens) - sequences[i].start for i in indices])[:-1]
+            for i, numbers in zip(indices, np.split(columns, ends, axis=1), strict=True):
+                results[i] = numbers
+            progress.update(len(indices))
+    return results
+
+
+def answers(decoder, tokenizer, examples, bar=None, budget=64):
+    """The greedy answer of a model to each Example's question, as text; None for a `text` row."""
+    asked = [(data.prompt_ids(e, tokenizer), i) for i, e in enumerate(examples) if e.text is None]
+    asked.sort(key=lambda item: len(item[0]))
+    texts = [None] * len(examples)
+    for first in tqdm(range(0, len(asked), budget), desc=bar, disable=None if bar else True, leave=False):
+        prompts, rows = zip(*asked[first:first + budget], strict=True)
+        for row, ids in zip(rows, model.generate(decoder, prompts, MAX_NEW_TOKENS, tokenizer.end_id), strict=True):
+            texts[row] = tokenizer.decode(ids).strip()
+    return texts
+
+
+def score(decoder, tokenizer, examples, max_length=None, dtype=torch.float32, options=False, wrong=True, text=True, bar=None):
+    """Every per-row number of one data set: a dict of lists, one entry a row, None where the row does not allow it.
+
+    nll, memorised, extraction, min_k; probability (with `options`, among the wrong answers); truth_ratio (if `wrong`);
+    answer and rouge (if `text`: the model generates); sequences and tokens (see answer_tokens), a list a row.
+    """
+    n, max_length = len(examples), max_length or tokenizer.room
+    spellings = [[e.answer for e in examples]]
+    if wrong:
+        most = max(len(e.perturbed_answer) for e in examples)
+        spellings += [[e.paraphrased_answer for e in examples]]
+        spellings += [[dict(enumerate(e.perturbed_answer)).get(k) for e in examples] for k in range(most)]
+    sequences, kinds = [], []  # kind 0: the answer (or text), 1: its paraphrase, 2 and up: the wrong answers
+    for kind, strings in enumerate(spellings):
+        rows = [i for i in range(n) if strings[i] is not None and not (kind and examples[i].text)]
+        encoded, _ = data.encode([examples[i] for i in rows], tokenizer, max_length,
+                                 [strings[i] for i in rows] if kind else None)
+        sequences += [s._replace(row=rows[s.row]) for s in encoded]
+        kinds += [kind] * len(encoded)
+    own = kinds.count(0)
+    numbers = answer_tokens(decoder, sequences[:own], dtype, hits=True, bar=bar)
+    numbers += answer_tokens(decoder, sequences[own:], dtype, bar=bar)
+
+    owned, tokens, paraphrased, wrongs = ([[] for _ in range(n)] for _ in range(4))
+    for kind, s, found in zip(kinds, sequences, numbers, strict=True):
+        if kind == 0:  # several only where a text row was cut into windows
+            owned[s.row].append(s)
+            tokens[s.row].append(found)
+        else:
+            (paraphrased if kind == 1 else wrongs)[s.row].append(-found[0].mean())
+    joined = [np.concatenate(t, 1) for t in tokens]
+    content = [t[:, :-1] if o[-1].ended else t for t, o in zip(joined, owned, strict=True)]  # without the end token
+    nll = [-t[0].mean() for t in joined]
+    correct = [p[0] if p else own for p, own in zip(paraphrased, nll, strict=True)]
+    result = {
+        "nll": nll,
+        "probability": [probability(a, w if options and w else None) for a, w in zip(nll, wrongs, strict=True)],
+        "truth_ratio": [truth_ratio(c, w) if w else None for c, w in zip(correct, wrongs, strict=True)],
+        "memorised": [c[2].mean() if c.size else None for c in content],
+        "extraction": [extraction_strength(c[2]) if c.size else None for c in content],
+        "min_k": [min_k(c[0]) if c.size else None for c in content],
+        "sequences": owned, "tokens": tokens,
+    }
+    if text:
+        result["answer"] = answers(decoder, tokenizer, examples, bar)
+        result["rouge"] = [None if a is None else rouge_l_recall(a, e.answer)
+                           for a, e in zip(result["answer"], examples, strict=True)]
+    return result
+
+
+def average(values):
+    """Mean of what is there, as a float; None if nothing is."""
+    values = [v for v in values if v is not None]
+    return float(np.mean(values)) if values else None
+
+
+def weights_auc(scores, reference=None):
+    """ROC-AUC with which each weighting tells informative from structural tokens, {name: AUC or None}.
+
+    scores: of a set with spans; reference: scores of the starting model on it (tnpo and npo), by default the same."""
+    rows = [(s, t, r) for ss, ts, rs in zip(scores["sequences"], scores["tokens"], (reference or scores)["tokens"], strict=True)
+            for s, t, r in zip(ss, ts, rs, strict=True) if s.informative is not None]
+    if not rows:
+        return dict.fromkeys(etw.WEIGHTINGS)
+    informative = np.concatenate([s.informative for s, _, _ in rows])
+    aucs = {}
+    for name in etw.WEIGHTINGS:
+        weights = np.concatenate([weigh(name, s, t, r) for s, t, r in rows])
+        aucs[name] = float(roc_auc(weights[informative], weights[~informative]))
+    return {name: None if math.isnan(auc) else auc for name, auc in aucs.items()}
+
+
+def weigh(name, sequence, tokens, reference=None, beta=None):
+    """The weights (n,) that a method of etw.WEIGHTINGS gives the answer tokens of one Sequence."""
+    logprobs, entropy = torch.from_numpy(tokens[:2])[:, None]
+    known = {"reference": None if reference is None else torch.from_numpy(reference[:1]),
+             "spans": None if sequence.informative is None else torch.tensor([sequence.informative])}
+    return etw.WEIGHTINGS[name](logprobs, entropy, torch.ones_like(logprobs, dtype=torch.bool), beta=beta, **known)[0].numpy()
+
+
+def summarise(scores, target=None, reference=None):
+    """The measurements of one model, {column: float or None}, from {set name: scores}.
+
+    Sets: `forget`, `holdout` (never taught), and any others, which are the utility sets. target: summary of the model that
+    unlearning started from, for ΔMU; its scores are under "scores". reference: scores of the retain model."""
+    result, utility = {}, []
+    for name, s in scores.items():
+        ratios = [r for r in s["truth_ratio"] if r is not None]
+        if name == "holdout":
+            continue
+        fold = (lambda r: min(r, 1 / r) if r else 0.0) if name == "forget" else (lambda r: max(0.0, 1 - r))
+        triple = {"probability": average(s["probability"]), "rouge": average(s.get("rouge", [])),
+                  "truth_ratio": average(map(fold, ratios))}
+        result |= {f"{name} {key}": value for key, value in triple.items()}
+        if name == "forget":
+            result |= {f"forget {key}": average(s[key]) for key in ("memorised", "extraction")}
+        else:
+            utility += triple.values()
+    known = [v for v in utility if v is not None]
+    result["model utility"] = float(model_utility(known)) if known else None
+    if target and known:
+        result["utility lost"] = 100 * (target["model utility"] - result["model utility"])
+    forget = scores.get("forget")
+    if forget and reference:
+        ratios, expected = ([r for r in s["truth_ratio"] if r is not None] for s in (forget, reference["forget"]))
+        if ratios and expected:
+            result["forget quality"] = float(forget_quality(ratios, expected))
+            result["-log10 FQ"] = -math.log10(max(result["forget quality"], 5e-324)) + 0.0
+    if forget and "holdout" in scores:
+        result["Min-K AUC"] = membership_auc(scores)
+        if reference and "holdout" in reference:
+            result["PrivLeak"] = float(priv_leak(result["Min-K AUC"], membership_auc(reference)))
+    if forget:
+        result["weights AUC"] = weights_auc(forget)["etw"]
+    return result
+
+
+def membership_auc(scores):
+    """ROC-AUC of Min-K between the forget set (label 0) and the holdout (label 1): 1 if every forget row is better known."""
+    known, unknown = ([v for v in scores[name]["min_k"] if v is not None] for name in ("forget", "holdout"))
+    return float(roc_auc(unknown, known))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures: what a weighting looks at
+
+
+def pieces(tokenizer, ids):
+    """The text of each token; a token that ends inside a character is empty and the next one has it whole."""
+    texts, done = [], ""
+    for i in range(len(ids)):
+        text = tokenizer.library.decode(ids[:i + 1], skip_special_tokens=False)
+        whole = not text.endswith("\ufffd")
+        texts.append(text[len(done):] if whole else "")
+        done = text if whole else done
+    if ids and ids[-1] == tokenizer.end_id:
+        texts[-1] = " ∎"
+    return texts
+
+
+def terminal_heat(texts, weights, colour):
+    """One answer for a terminal: background shades, or without colour a second line of bars under the characters."""
+    shades = np.asarray(weights) / max(np.max(weights), 1e-30)
+    texts = [re.sub(r"[\x00-\x1f\x7f-\x9f]", "·", t) for t in texts]  # nothing from a data file steers the terminal
+    if colour:
+        return "".join(f"\x1b[48;2;{int(255 * s)};{int(150 * s)};0m{t}\x1b[0m" if s > 0.04 else t
+                       for t, s in zip(texts, shades, strict=True))
+    return "".join(texts) + "\n" + "".join("▁▂▃▄▅▆▇█"[min(7, int(8 * s))] * len(t) for t, s in zip(texts, shades, strict=True))
+
+
+def svg_heat(blocks):
+    """An SVG of token weights. blocks: a list of (texts, {method: weights}); a line a method, shaded relative to the
+    largest weight of that line. Legible on light and dark pages; everything shown is escaped."""
+    advance, line, left = 7.2, 22, 64
+    width = left + advance * max(sum(map(len, texts)) for texts, _ in blocks) + 8
+    parts, y = [], 8
+    for texts, methods in blocks:
+        for name, weights in methods.items():
+            parts.append(f'<text x="8" y="{y + 15}" class="name">{html.escape(name)}</text>')
+            x, peak = left, max(np.max(weights), 1e-30)
+            for text, weight in zip(texts, weights, strict=True):
+                shown = "".join("·" if c in "\ufffe\uffff" or ord(c) < 32 else c for c in text)
+                wide = advance * len(shown)
+                if shown:
+                    parts.append(f'<rect x="{x:.1f}" y="{y}" width="{wide:.1f}" height="{line - 2}" opacity="{weight / peak:.2f}">'
+                                 f'<title>{html.escape(name)} {weight:.3g}</title></rect>'
+                                 f'<text x="{x:.1f}" y="{y + 15}" textLength="{wide:.1f}">{html.escape(shown)}</text>')
+                x += wide
+            y += line
+        y += 12
+    style = ("text{font:12px ui-monospace,Menlo,Consolas,monospace;fill:#1f2328;white-space:pre}.name{fill:#59636e}"
+             "rect{fill:#ffa726}@media(prefers-color-scheme:dark){text{fill:#f0f6fc}.name{fill:#9198a1}rect{fill:#b85c00}}")
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {y}" width="{width:.0f}" height="{y}">'
+            f"<style>{style}</style>{''.join(parts)}</svg>\n")
+
+
+def entropy_report(scores, auc):
+    """What the entropy knows, as text: its spread on informative and structural tokens, the AUC of every weighting, and
+    tokens of one confidence with very different entropy, which no weight made of p alone can tell apart."""
+    rows = [(s, t) for ss, ts in zip(scores["sequences"], scores["tokens"], strict=True) for s, t in zip(ss, ts, strict=True)]
+    labelled = [(s, t) for s, t in rows if s.informative is not None]
+    lines = ["Weights against the labelled spans, ROC-AUC: "
+             + "  ".join(f"{name} {show(value)}" for name, value in auc.items())]
+    if labelled:
+        informative = np.concatenate([s.informative for s, _ in labelled])
+        entropy = np.concatenate([t[1] for _, t in labelled])
+        lines += ["", f"{'entropy, nats':>22} {'tokens':>8} {'5 %':>9} {'25 %':>9} {'median':>9} {'75 %':>9} {'95 %':>9}"]
+        for name, some in (("informative", entropy[informative]), ("structural", entropy[~informative])):
+            quantiles = np.quantile(some, [0.05, 0.25, 0.5, 0.75, 0.95]) if len(some) else [math.nan] * 5
+            lines.append(f"{name:>22} {len(some):8} " + " ".join(f"{q:9.2g}" for q in quantiles))
+    return "\n".join(lines)
+
+
+def confidence_pairs(scores, tokenizer, count=5, window=0.02):
+    """Pairs of tokens whose 1 − p differs by at most `window` (relative) and whose entropies differ most, as text: one pair
+    for each of the `count` most extreme decades of 1 − p."""
+    found = []
+    for ss, ts in zip(scores["sequences"], scores["tokens"], strict=True):
+        for s, t in zip(ss, ts, strict=True):
+            texts = pieces(tokenizer, s.tokens[s.start:])
+            for i, (logprob, entropy) in enumerate(t[:2].T):
+                context = "".join(texts[max(0, i - 6):i]) + f"[{texts[i]}]"
+                found.append((-math.expm1(logprob), entropy, context.replace("\n", " ")))
+    found = sorted(f for f in found if f[0] > 1e-6 and f[1] > 0)
+    best, low = {}, 0
+    for high, (doubt, entropy, _) in enumerate(found):
+        while found[low][0] < doubt * (1 - window):
+            low += 1
+        other = max(found[low:high + 1], key=lambda f, h=entropy: abs(math.log(f[1] / h)))
+        gap, decade = abs(math.log(other[1] / entropy)), math.floor(math.log10(doubt))
+        if gap > best.get(decade, (0,))[0]:
+            best[decade] = gap, *sorted((found[high], other), key=lambda f: f[1])
+    lines = ["The same confidence, very different entropy:", f"{'p':>10} {'H, nats':>9}  token in [ ]"]
+    for _, *pair in sorted(best.values(), reverse=True)[:count]:
+        lines += [f"{1 - doubt:10.6f} {entropy:9.2g}  …{context}" for doubt, entropy, context in pair] + [""]
+    return "\n".join(lines[:-1])
+
+
+def show(value, digits=3):
+    """A number for a table: – where there is none, exponents only where needed."""
+    if value is None:
+        return "–"
+    return f"{value:.1e}" if 0 < abs(value) < 10 ** -digits else f"{value:.{digits}f}"
+
+
+def table(rows):
+    """A text table from {row name: {column: number or None}}: sets of columns that share a first word stand under it."""
+    columns = list(dict.fromkeys(c for row in rows.values() for c in row))
+    cells = [[show(row.get(c)) for c in columns] for row in rows.values()]
+    heads = [c.rsplit(" ", 1) if " " in c else ["", c] for c in columns]
+    short = {"probability": "prob", "truth_ratio": "TR", "memorised": "EM", "extraction": "ES", "rouge": "ROUGE"}
+    heads = [(a, short.get(b, b)) for a, b in heads]
+    widths = [max(len(b), len(a) if i == 0 or heads[i - 1][0] != a else 0, *(len(r[i]) for r in cells))
+              for i, (a, b) in enumerate(heads)]
+    first = max(map(len, rows))
+    top = [a if i == 0 or heads[i - 1][0] != a else "" for i, (a, _) in enumerate(heads)]
+    lines = [" " * first + "".join(f"  {t:>{w}}" for t, w in zip(top, widths, strict=True)),
+             " " * first + "".join(f"  {b:>{w}}" for (_, b), w in zip(heads, widths, strict=True))]
+    return "\n".join(lines + [f"{name:<{first}}" + "".join(f"  {c:>{w}}" for c, w in zip(r, widths, strict=True))
+                              for name, r in zip(rows, cells, strict=True)])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose refusals are one line like all others, and whose help shows the defaults."""
+
+    def __init__(self, **kwargs):
+        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kwargs)
+
+    def error(self, message):
+        raise InputError(" ".join(message.split()))
+
+
+def number(kind=float, above=None, least=None, most=None):
+    """An argparse type: a finite number of `kind` within bounds, else a refusal that says them."""
+    bounds = [f"above {above}" * (above is not None), f"at least {least}" * (least is not None),
+              f"at most {most}" * (most is not None)]
+    wanted = " and ".join(filter(None, bounds)) or "finite"
+
+    def parse(string):
+        try:
+            value = kind(string)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{string!r} is not a number ({kind.__name__})") from None
+        if not math.isfinite(value) or (above is not None and value <= above) or (least is not None and value < least) \
+                or (most is not None and value > most):
+            raise argparse.ArgumentTypeError(f"{string} is out of range: give a number {wanted}")
+        return value
+    return parse
+
+
+def pick_device(name, dtype):
+    """(device, autocast dtype) for --device and --dtype: `auto` takes a GPU if there is one and bfloat16 if that has it."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise InputError(f"--device {name}: not available on this machine; use cpu or auto") from None
+    native = name.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
+    return name, torch.bfloat16 if dtype == "bfloat16" or (dtype == "auto" and native) else torch.float32
+
+
+def open_model(path, device, template):
+    """(Decoder, Tokenizer) of a model directory or hub name."""
+    decoder = model.load(path, device)
+    return decoder, data.Tokenizer(decoder.source, template)
+
+
+def round_weights(decoder, bits):
+    """Round every linear layer inside the blocks to `bits` bits: to nearest, symmetric, one scale for each output row."""
+    for module in decoder.modules():
+        if isinstance(module, torch.nn.Linear) and module.weight is not decoder.head:
+            scale = module.weight.data.abs().amax(1, keepdim=True).clamp_min(1e-30) / (2 ** (bits - 1) - 1)
+            module.weight.data = torch.round(module.weight.data / scale) * scale
+
+
+def write(path, text):
+    """Write a text file aside and rename it, so that it is there whole or not at all."""
+    aside = Path(f"{path}.tmp")
+    aside.write_text(text, "utf-8")
+    aside.replace(path)
+
+
+def plain(value):
+    """JSON-ready: numpy numbers to float, what is not finite to null."""
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    if isinstance(value, float | np.floating):
+        return float(value) if math.isfinite(value) else None
+    return value
+
+
+def parse_args(argv=None):
+    p = Parser(prog="evaluate.py", description="Measure models: one table, a row a model, a column a measurement.")
+    p.add_argument("models", nargs="+", metavar="MODEL", help="model directories, e.g. runs/etw")
+    p.add_argument("--target", metavar="DIR", help="model that unlearning started from (default: the run's own --model)")
+    p.add_argument("--reference", metavar="DIR", help="model retrained without the forget set; weights/retain if the target "
+                   "is weights/target")
+    p.add_argument("--forget", metavar="FILE", default="data/forget.jsonl", help="forget set")
+    p.add_argument("--retain", metavar="FILE", default="data/retain.jsonl", help="retain set: the first utility set")
+    p.add_argument("--facts", metavar="FILE", nargs="+", default=["data/facts.jsonl"],
+                   help="further utility sets, with wrong answers as options")
+    p.add_argument("--holdout", metavar="FILE", help="rows like the forget set that were never taught, for membership "
+                   "inference; data/holdout.jsonl if the forget set is the bundled one")
+    p.add_argument("--template", choices=data.TEMPLATES, default="plain", help="how a question is put to the model")
+    p.add_argument("--json", metavar="FILE", help="write the measurements, with per-row values")
+    p.add_argument("--heatmap", metavar="FILE.svg", nargs="?", const="heatmap.svg", help="draw the token weights of the first "
+                   "MODEL on forget answers and print what its entropy knows")
+    p.add_argument("--bits", type=number(int, least=2, most=16), help="measure models rounded to so many bits")
+    p.add_argument("--ask", metavar="QUESTION", help="only let every model answer this question")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    p.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="bfloat16: autocast")
+    return p.parse_args(argv)
+
+
+def run(args):
+    device, dtype = pick_device(args.device, args.dtype)
+    if args.ask is not None:
+        for path in args.models:
+            decoder, tokenizer = open_model(path, device, args.template)
+            print(f"{path}: {answers(decoder, tokenizer, [data.Example(args.ask)])[0]}")
+        return
+    target = args.target or data.read_json(Path(args.models[0]) / "args.json").get("model") or "weights/target"
+    reference = args.reference or ("weights/retain" if same(target, "weights/target") else None)
+    holdout = args.holdout or ("data/holdout.jsonl" if same(args.forget, "data/forget.jsonl") else None)
+    options = [Path(f).stem for f in args.facts]
+    files = [("forget", args.forget), ("retain", args.retain), *zip(options, args.facts, strict=True)]
+    files += [("holdout", holdout)] if holdout else []
+    if len(dict(files)) < len(files):
+        raise InputError(f"--facts: {', '.join(options)}: each utility set needs a file name of its own: rename one")
+    sets = {name: data.read_jsonl(path) for name, path in files}
+    for flag in ("json", "heatmap"):
+        if (path := getattr(args, flag)) and not Path(path).resolve().parent.is_dir():
+            raise InputError(f"--{flag} {path}: there is no folder {Path(path).parent}: make it first")
+    paths = {}  # each model once: the target first, the reference last
+    for path in [target, *args.models, *filter(None, [reference])]:
+        paths.setdefault(model.resolve(path).resolve(), path)
+    if reference:
+        paths[model.resolve(reference).resolve()] = paths.pop(model.resolve(reference).resolve())
+    target, first, reference = (p and paths[model.resolve(p).resolve()] for p in (target, args.models[0], reference))
+
+    scores = {}
+    for path in paths.values():
+        decoder, tokenizer = open_model(path, device, args.template)
+        if args.bits:
+            round_weights(decoder, args.bits)
+        scores[path] = {name: score(decoder, tokenizer, rows, dtype=dtype, options=name in options, wrong=name != "holdout",
+                                    text=name != "holdout", bar=f"{path} {name}") for name, rows in sets.items()}
+    summaries = {}
+    for path, s in scores.items():
+        summaries[path] = summarise(s, summaries.get(target), scores.get(reference))
+    print(table(summaries))
+    aucs = {path: weights_auc(s["forget"], scores[target]["forget"]) for path, s in scores.items()}
+    if args.json:
+        rows = {path: {name: {k: v for k, v in one.items() if k not in ("sequences", "tokens")} for name, one in s.items()}
+                for path, s in scores.items()}
+        write(args.json, json.dumps(plain({p: {"measurements": summaries[p], "weights AUC": aucs[p], "rows": rows[p]}
+                                           for p in summaries}), indent=1, ensure_ascii=False) + "\n")
+    if args.heatmap:
+        forget = scores[first]["forget"]
+        print(f"\n{first}, forget set\n{entropy_report(forget, aucs[first])}\n\n{confidence_pairs(forget, tokenizer)}")
+        write(args.heatmap, svg_heat(heat_blocks(forget, tokenizer)))
+        print(f"\nToken weights drawn in {args.heatmap}")
+
+
+def heat_blocks(scores, tokenizer, count=3, methods=("etw", "wga", "imp", "satimp", "spans")):
+    """For svg_heat: the shortest answers of a set, with the weights of each method (spans only where labelled)."""
+    rows = [(s, t) for ss, ts in zip(scores["sequences"], scores["tokens"], strict=True) for s, t in zip(ss, ts, strict=True)]
+    rows.sort(key=lambda row: len(row[0].tokens) - row[0].start)
+    return [(pieces(tokenizer, s.tokens[s.start:]),
+             {name: weigh(name, s, t) for name in methods if name != "spans" or s.informative is not None})
+            for s, t in rows[:count]]
+
+
+def same(path, other):
+    return Path(path).resolve() == Path(other).resolve()
+
+
+def main(argv=None):
+    """Run the command line; returns the exit code: 0, or 2 with one line on stderr if the input is wrong."""
+    try:
+        run(parse_args(argv))
+    except InputError as e:
+        print(f"evaluate.py: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
