@@ -1,7 +1,33 @@
-"""One hypothesis profile for all tests: no deadline (CI machines stutter), a fixed number of examples, the same every time."""
+"""One hypothesis profile for all tests (no deadline: CI machines stutter; the same examples every time) and one tiny model."""
+import json
+
+import pytest
+import tokenizers
 import torch
 from hypothesis import settings
+
+import model
 
 settings.register_profile("etw", deadline=None, max_examples=60, derandomize=True, print_blob=True)
 settings.load_profile("etw")
 torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A model directory: a Llama of 25,000 parameters with fresh weights and a byte-level tokenizer."""
+    folder = tmp_path_factory.mktemp("tiny")
+    library = tokenizers.Tokenizer(tokenizers.models.BPE())
+    library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, special_tokens=["<|end|>"], show_progress=False,
+                                             initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()))
+    library.train_from_iterator(["Question: Where was Ada born?\nAnswer: Ada was born in Oru."] * 9, trainer)
+    library.save(str(folder / "tokenizer.json"))
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 300, "hidden_size": 32,
+              "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+              "max_position_embeddings": 128, "tie_word_embeddings": True, "eos_token_id": 0}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|end|>"}))
+    model.save(model.fresh(folder, seed=0), folder)
+    return folder

@@ -1,0 +1,230 @@
+"""Speed and memory of one unlearning step: ours against the step a plain transformers user writes from the formulas.
+
+    python results/bench.py --shape small          bundled, small or llama-3.2-1b; or --model DIR
+    python results/bench.py --shape small --dtype bfloat16
+    python results/bench.py --loss-memory          peak memory of the loss alone at V = 128,256, by number of tokens
+
+Same weights, rows (lengths like TOFU's), precision and AdamW on both sides. The plain side runs forget and retain batch
+apart, takes full logits and a float32 cross-entropy, and weighs by wga, so that it does not pay for entropies; ours is
+train.train_step with etw. Rounds alternate; peak memory is that of separate processes, above weights, gradients and
+optimizer state. Useful FLOPs count no padding, no recomputation and the head on answer tokens only.
+Needs transformers (pip install transformers), which the program itself does not.
+"""
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import data
+import etw
+import evaluate
+import model
+import train
+
+LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True, "eos_token_id": 0,
+         "max_position_embeddings": 2048, "dtype": "float32"}
+SHAPES = {
+    "bundled": LLAMA | {"vocab_size": 2000, "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4,
+                        "num_attention_heads": 6, "num_key_value_heads": 6},
+    "small": LLAMA | {"vocab_size": 32000, "hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 8,
+                      "num_attention_heads": 6, "num_key_value_heads": 6},
+    "llama-3.2-1b": LLAMA | {"vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+                             "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "rope_theta": 500000.0},
+}
+
+
+def make_rows(batch, vocab_size, seed=0):
+    """`batch` forget and `batch` retain Sequences with lengths like TOFU's: questions of 21 ± 6 tokens, answers of 43 ± 20."""
+    dice = np.random.default_rng(seed)
+    rows = []
+    for kind in (train.FORGET, train.RETAIN):
+        for _ in range(batch):
+            prompt, answer = int(np.clip(dice.normal(21, 6), 8, 45)), int(np.clip(dice.normal(43, 20), 5, 110))
+            tokens = dice.integers(1, vocab_size, prompt + answer).tolist()
+            rows.append((kind, data.Sequence(tokens, prompt, None, True, len(rows)), None))
+    return rows
+
+
+class Ours:
+    def __init__(self, path, device, dtype, micro=None, method="etw"):
+        self.args = Namespace(micro_batch_size=micro, method=method, lam=0.03, beta=None, temperature=1.0, clip=1.0, lr=1e-5,
+                              weight_decay=0.01)
+        self.decoder, self.dtype = model.load(path, device), dtype
+        self.optimizer = train.make_optimizer(self.decoder, self.args)
+
+    def step(self, rows):
+        train.train_step(self.decoder, self.optimizer, rows, 1e-5, self.args, self.dtype)
+
+
+class Plain:
+    """The formulas, written down with transformers: two forwards, labels of −100, logits of every position in float32."""
+
+    def __init__(self, path, device, dtype, **_):
+        import transformers
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(device).train()
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, weight_decay=0.01, fused=True)
+        self.device, self.dtype = device, dtype
+
+    def logprobs(self, rows):
+        width = max(len(s.tokens) for s in rows)
+        ids, labels, attention = (torch.full((len(rows), width), fill) for fill in (0, -100, 0))
+        for b, s in enumerate(rows):
+            ids[b, :len(s.tokens)] = torch.tensor(s.tokens)
+            labels[b, s.start:len(s.tokens)] = torch.tensor(s.tokens[s.start:])
+            attention[b, :len(s.tokens)] = 1
+        ids, labels, attention = (t.to(self.device) for t in (ids, labels, attention))
+        logits = self.model(input_ids=ids, attention_mask=attention, use_cache=False).logits[:, :-1].float()
+        nll = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="none", ignore_index=-100)
+        return -nll.view(len(rows), -1), labels[:, 1:] != -100
+
+    def step(self, rows):
+        with evaluate.precision(self.device, self.dtype):
+            forget, mask = self.logprobs([s for kind, s, _ in rows if kind == train.FORGET])
+            retain, kept = self.logprobs([s for kind, s, _ in rows if kind == train.RETAIN])
+            loss = 0.03 * (forget.exp().detach() * forget)[mask].mean() - retain[kept].mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+def clock(function, device):
+    started = time.perf_counter()
+    function()
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def useful_flops(config, rows):
+    """Forward and backward (6 a weight and token, causal attention beside it), head on answer tokens only."""
+    c = {"head_dim": config["hidden_size"] // config["num_attention_heads"]} | config
+    d, heads = c["hidden_size"], c["num_attention_heads"] * c["head_dim"]
+    layer = d * (2 * heads + 2 * c["num_key_value_heads"] * c["head_dim"] + 3 * c["intermediate_size"])
+    inputs = [len(s.tokens) - 1 for _, s, _ in rows]
+    answers = sum(len(s.tokens) - s.start for _, s, _ in rows)
+    attention = c["num_hidden_layers"] * sum(2 * 2 * heads * n * (n + 1) // 2 for n in inputs)
+    return 6 * layer * c["num_hidden_layers"] * sum(inputs) + 3 * attention + 6 * d * c["vocab_size"] * answers
+
+
+def matrix_rate(device, dtype):
+    """FLOP/s of a large square product in the precision of the step: median of 9."""
+    n = 8192 if device.startswith("cuda") else 2048
+    a, b = torch.randn(n, n, device=device).to(dtype), torch.randn(n, n, device=device).to(dtype)
+    times = [clock(lambda: a @ b, device) for _ in range(11)][2:]
+    return 2 * n**3 / statistics.median(times)
+
+
+def status_mb(key):
+    """A line of /proc/self/status in MB (Linux)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(key))
+
+
+def peak_above_state(side, path, rows, device, dtype, micro):
+    """MB that a step needs above weights, gradients and optimizer state, in this process."""
+    user = side(path, device, dtype, micro=micro)
+    parameters = list((user.decoder if side is Ours else user.model).parameters())
+    gradients = sum(p.numel() * p.element_size() for p in parameters) / 2**20
+    user.step([row for row in rows if row[0] == train.FORGET][:1] + [row for row in rows if row[0] == train.RETAIN][:1])
+    if device.startswith("cuda"):
+        base = torch.cuda.memory_allocated() / 2**20
+        torch.cuda.reset_peak_memory_stats()
+        user.step(rows)
+        return torch.cuda.max_memory_allocated() / 2**20 - base - gradients
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    base = status_mb("VmRSS")
+    for _ in range(2):
+        user.step(rows)
+    return status_mb("VmHWM") - base - gradients
+
+
+def loss_memory(device, vocab=128_256, width=256):
+    """Peak memory in MB of lean_loss, forward and backward, by number of answer tokens in sequences of 64."""
+    for n in (256, 1024, 4096):
+        hidden, head = torch.randn(n, width, device=device, requires_grad=True), torch.randn(vocab, width, device=device).requires_grad_()
+        rule = lambda rows, logprobs, entropy, mask: etw.etw_weights(entropy, mask) / n  # noqa: B023, E731
+        Path("/proc/self/clear_refs").write_text("5")
+        base = status_mb("VmRSS")
+        etw.lean_loss(hidden, head, torch.zeros(n, dtype=torch.long, device=device), [64] * (n // 64), rule)[0].backward()
+        print(f"{n:6} tokens: {status_mb('VmHWM') - base:8.0f} MB above hidden states and head "
+              f"(gradient of the head {vocab * width * 4 / 2**20:.0f}, all logits would be {n * vocab * 4 / 2**20:.0f})")
+        hidden = head = None
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--shape", choices=SHAPES, default="small")
+    p.add_argument("--model", metavar="DIR", help="a Llama model directory instead of a shape")
+    p.add_argument("--batch-size", type=int, default=16, help="forget rows, and as many retain rows")
+    p.add_argument("--micro-batch-size", type=int)
+    p.add_argument("--rounds", type=int, default=7)
+    p.add_argument("--device", default="auto")
+    p.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    p.add_argument("--json", metavar="FILE")
+    p.add_argument("--loss-memory", action="store_true")
+    p.add_argument("--measure-memory", choices=("ours", "plain"), help=argparse.SUPPRESS)
+    args = p.parse_args(argv)
+    device, dtype = evaluate.pick_device(args.device, args.dtype)
+    if args.loss_memory:
+        return loss_memory(device)
+    with tempfile.TemporaryDirectory() as folder:
+        if not args.model:
+            args.model = folder
+            (Path(folder) / "config.json").write_text(json.dumps(SHAPES[args.shape]))
+            model.save(model.fresh(folder, seed=0), folder)
+        config = data.read_json(Path(args.model) / "config.json")
+        rows = make_rows(args.batch_size, config["vocab_size"])
+        sides = {"ours": Ours, "plain": Plain}
+        if args.measure_memory:
+            print(peak_above_state(sides[args.measure_memory], args.model, rows, device, dtype, args.micro_batch_size))
+            return None
+        arguments = ["--batch-size", str(args.batch_size), "--device", device, "--dtype", str(dtype)[6:]]
+        arguments += ["--micro-batch-size", str(args.micro_batch_size)] if args.micro_batch_size else []
+        memory = {name: float(subprocess.run([sys.executable, __file__, "--model", args.model, "--measure-memory", name, *arguments],
+                                             capture_output=True, text=True, check=True).stdout) for name in sides}
+        users = {name: side(args.model, device, dtype, micro=args.micro_batch_size) for name, side in sides.items()}
+        users["ours, uniform, no entropy"] = Ours(args.model, device, dtype, args.micro_batch_size, "uniform")
+        times, entropy = {name: [] for name in users}, etw._entropy
+        rates = []
+        for round_ in range(args.rounds + 1):
+            for name, user in users.items():
+                etw._entropy = (lambda logits, *_: torch.zeros(len(logits), device=device)) if "no entropy" in name else entropy
+                seconds = clock(lambda user=user: user.step(rows), device)
+                if round_:
+                    times[name].append(seconds)
+            rates.append(matrix_rate(device, dtype))
+        etw._entropy = entropy
+    tokens = sum(len(s.tokens) - 1 for _, s, _ in rows)
+    rate = statistics.median(rates)
+    result = {"shape": args.shape if args.model == folder else args.model, "device": device, "dtype": str(dtype)[6:],
+              "threads": torch.get_num_threads(), "tokens a step": tokens,
+              "padding": 1 - tokens / (len(rows) * max(len(s.tokens) - 1 for _, s, _ in rows)),
+              "matrix rate, GFLOP/s": rate / 1e9}
+    for name, seconds in times.items():
+        median = statistics.median(seconds)
+        result[name] = {"seconds a step": median, "fastest": min(seconds), "slowest": max(seconds), "tokens a second": tokens / median,
+                        "useful share of the matrix rate": useful_flops(config, rows) / median / rate,
+                        "peak MB above state": memory.get(name)}
+    ratios = sorted(b / a for a, b in zip(times["ours"], times["plain"], strict=True))
+    cost = sorted(a / b - 1 for a, b in zip(times["ours"], times["ours, uniform, no entropy"], strict=True))
+    result["times as fast as plain"] = {"median": statistics.median(ratios), "least": ratios[0], "most": ratios[-1]}
+    result["memory against plain"] = memory["ours"] / memory["plain"]
+    result["cost of the entropies"] = statistics.median(cost)
+    print(json.dumps(result, indent=1))
+    if args.json:
+        evaluate.write(args.json, json.dumps(result, indent=1) + "\n")
+    return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,198 @@
+"""Every weighting under the same budget: a sweep, tables of it, and the trade-off curves.
+
+    python results/compare.py sweep --seed 0 --out results/sweep.jsonl       all methods x λ x learning rate, each epoch measured
+    python results/compare.py repeat results/sweep.jsonl --seeds 1 2 3 4 --out results/seeds.jsonl      the chosen settings again
+    python results/compare.py tables results/sweep.jsonl results/seeds.jsonl
+    python results/compare.py plot results/sweep.jsonl --out results/tradeoff.svg                       needs matplotlib
+
+The mean weight at the start differs by orders of magnitude between methods (imp 0.0005, wga 1), so the grid is laid over
+s = λ · mean ω at the start, with the same span for each. A line of the output is one epoch of one run. Finished runs are
+skipped, so a sweep that was stopped goes on.
+"""
+import argparse
+import copy
+import json
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import data
+import etw
+import evaluate
+import model
+import train
+
+STRENGTHS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # s = λ · mean ω at the start
+RATES = (3e-4, 1e-3)
+ENOUGH = 0.05  # forget quality from which a model counts as one that forgot
+
+
+class World:
+    """The data sets, the target model and the retain model's yardsticks: all that a run shares with the others."""
+
+    def __init__(self, args):
+        self.target = model.load(args.model)
+        self.tokenizer = data.Tokenizer(args.model, args.template)
+        sets = {"forget": args.forget, "retain": args.retain} | {Path(f).stem: f for f in args.facts}
+        self.sets = {name: data.read_jsonl(path) for name, path in sets.items()}
+        self.options = [Path(f).stem for f in args.facts]
+        measured = data.read_jsonl(args.retain_measured) if args.retain_measured else self.sets["retain"]
+        self.measured = {name: rows[::-(-len(rows) // args.rows)] for name, rows in (self.sets | {"retain": measured}).items()
+                         if name != "forget"} | {"forget": self.sets["forget"]}
+        self.length = min(self.tokenizer.room, 512)
+        self.sequences = {k: data.encode(self.sets[k], self.tokenizer, self.length)[0] for k in ("forget", "retain")}
+        self.starting = [torch.from_numpy(t[0]).float() for t in evaluate.answer_tokens(self.target, self.sequences["forget"])]
+        retrained = model.load(args.reference)
+        self.reference = {"forget": self.score(retrained, "forget", text=False)}
+        self.start = self.measure(self.target)
+
+    def score(self, decoder, name, text=True):
+        return evaluate.score(decoder, self.tokenizer, self.measured[name], self.length, options=name in self.options, text=text)
+
+    def measure(self, decoder):
+        """Forget quality and probability on the whole forget set, model utility on a sample of each utility set."""
+        found = evaluate.summarise({name: self.score(decoder, name, text=name != "forget") for name in self.measured},
+                                   getattr(self, "start", None), self.reference)
+        return {k: v for k, v in found.items() if not k.startswith("weights")}
+
+    def mean_weight(self, method):
+        """Mean ω of the target model over all forget tokens."""
+        tokens = evaluate.answer_tokens(self.target, self.sequences["forget"])
+        return float(np.concatenate([evaluate.weigh(method, s, t, t) for s, t in zip(self.sequences["forget"], tokens, strict=True)]).mean())
+
+    def run(self, method, lam, lr, seed, epochs, batch_size):
+        """Unlearn from the target with train.py's own step; yields (epoch, measurements)."""
+        args = Namespace(method=method, lam=lam, beta=None, temperature=1.0, batch_size=batch_size, micro_batch_size=None, lr=lr,
+                         weight_decay=train.parse_args([]).weight_decay, clip=train.parse_args([]).clip, seed=seed)
+        decoder = copy.deepcopy(self.target)
+        optimizer = train.make_optimizer(decoder, args)
+        forget, retain = self.sequences["forget"], self.sequences["retain"]
+        steps = -(-len(forget) // batch_size)
+        for step in range(epochs * steps):
+            rows = [(kind, forget[i], self.starting[i]) if kind == train.FORGET else (kind, retain[i], None)
+                    for kind, i in train.step_rows(step, forget, retain, args)]
+            try:
+                train.train_step(decoder, optimizer, rows, train.learning_rate(step, epochs * steps, steps, lr), args, torch.float32)
+            except FloatingPointError:
+                return
+            if (step + 1) % (2 * steps) == 0:
+                yield (step + 1) // steps, self.measure(decoder)
+
+
+def settings(methods):
+    return [(method, strength, lr) for strength in STRENGTHS for lr in RATES for method in methods]
+
+
+def do_runs(args, wanted):
+    """Append the epochs of each wanted (method, strength, lr, seed) to --out, skipping those already there."""
+    done = {(r["method"], r["strength"], r["lr"], r["seed"]) for r in read(args.out)} if Path(args.out).exists() else set()
+    torch.set_num_threads(args.threads)
+    world = World(args)
+    means = {method: world.mean_weight(method) for method in etw.WEIGHTINGS}
+    print(json.dumps({"mean weight at the start": means, "start": world.start}), file=sys.stderr)
+    wanted = [w for i, w in enumerate(wanted) if i % args.parts == args.part and tuple(w) not in done]
+    for method, strength, lr, seed in tqdm(wanted, desc="runs"):
+        lam = strength / means[method]
+        lines = [{"method": method, "strength": strength, "lambda": lam, "lr": lr, "seed": seed, "epoch": epoch} | found
+                 for epoch, found in world.run(method, lam, lr, seed, args.epochs, args.batch_size)]
+        lines = lines or [{"method": method, "strength": strength, "lambda": lam, "lr": lr, "seed": seed, "epoch": 0, "diverged": True}]
+        with open(args.out, "a") as out:
+            out.writelines(json.dumps(line) + "\n" for line in lines)
+
+
+def read(*paths):
+    return [json.loads(line) for path in paths for line in Path(path).read_text().splitlines()]
+
+
+def loss_of(record):
+    return record.get("utility lost", float("inf"))
+
+
+def chosen(records, method):
+    """The epoch of a run that forgot (quality >= ENOUGH) with the least utility lost, else the one of best forget quality."""
+    own = [r for r in records if r["method"] == method and "forget quality" in r]
+    good = [r for r in own if r["forget quality"] >= ENOUGH]
+    return min(good, key=loss_of) if good else min(own, key=lambda r: r["-log10 FQ"])
+
+
+def tables(args):
+    sweep, seeds = read(args.files[0]), read(*args.files[1:])
+    print(f"| method | least utility lost with FQ ≥ {ENOUGH} | λ, lr, epoch | best −log10 FQ with ≤ 5 points lost | paper's product |")
+    print("|---|---|---|---|---|")
+    for method in etw.WEIGHTINGS:
+        own = [r for r in sweep if r["method"] == method and "forget quality" in r]
+        good = [r for r in own if r["forget quality"] >= ENOUGH]
+        mild = [r["-log10 FQ"] for r in own if loss_of(r) <= 5]
+        best = min(good, key=loss_of) if good else None
+        product = min((r["-log10 FQ"] * max(0, loss_of(r)) for r in good), default=None)
+        cells = [f"{loss_of(best):.2f}" if best else "–", f"{best['lambda']:.3g}, {best['lr']:g}, {best['epoch']}" if best else "–",
+                 f"{min(mild):.2f}" if mild else "–", "–" if product is None else f"{product:.2f}"]
+        print(f"| {method} | " + " | ".join(cells) + " |")
+    if seeds:
+        print("\n| method | −log10 FQ: median (least – most) | utility lost: median (least – most) | reached FQ ≥ 0.05 |\n|---|---|---|---|")
+        for method in etw.WEIGHTINGS:
+            pick = chosen(sweep, method)
+            own = [r for r in seeds if r["method"] == method and r["epoch"] == pick["epoch"] and "forget quality" in r]
+            if own:
+                spread = [f"{np.median(v):.2f} ({min(v):.2f} – {max(v):.2f})" for v in
+                          ([r["-log10 FQ"] for r in own], [loss_of(r) for r in own])]
+                print(f"| {method} | {' | '.join(spread)} | {sum(r['forget quality'] >= ENOUGH for r in own)} of {len(own)} |")
+
+
+def plot(args):
+    """Forgetting against damage: for each method the best −log10 FQ reached within every bound on the utility lost."""
+    import matplotlib
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "etw"
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    for i, method in enumerate(etw.WEIGHTINGS):
+        points = sorted((max(0.0, loss_of(r)), r["-log10 FQ"]) for r in read(*args.files) if r["method"] == method and "forget quality" in r)
+        best = np.minimum.accumulate([fq for _, fq in points])
+        axes.step([x for x, _ in points], best, where="post", label=method, color=f"C{i}", linewidth=3 if method == "etw" else 1.5)
+    axes.axhline(-np.log10(ENOUGH), color="grey", linestyle=":", linewidth=1)
+    axes.text(30, -np.log10(ENOUGH), "forgotten below this line: p ≥ 0.05", color="grey", va="bottom", ha="right", fontsize=8)
+    axes.set(xlim=(0, 30), ylim=(0, None), xlabel="model utility lost, points", ylabel="best −log10 forget quality so far")
+    axes.legend(fontsize=8)
+    figure.savefig(args.out, metadata={"Date": None})
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("task", choices=("sweep", "repeat", "tables", "plot"))
+    p.add_argument("files", nargs="*")
+    p.add_argument("--out")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4])
+    p.add_argument("--epochs", type=int, default=12)
+    p.add_argument("--batch-size", type=int, default=16)
+    p.add_argument("--rows", type=int, default=60, help="rows of each utility set that an epoch measures")
+    p.add_argument("--methods", nargs="+", default=list(etw.WEIGHTINGS))
+    p.add_argument("--part", type=int, default=0, help="with --parts: run every so many-th setting, to share a sweep out")
+    p.add_argument("--parts", type=int, default=1)
+    p.add_argument("--threads", type=int, default=torch.get_num_threads())
+    p.add_argument("--model", default="weights/target")
+    p.add_argument("--reference", default="weights/retain")
+    p.add_argument("--forget", default="data/forget.jsonl")
+    p.add_argument("--retain", default="data/retain.jsonl")
+    p.add_argument("--retain-measured", help="rows with wrong answers to measure on, where --retain has none")
+    p.add_argument("--facts", nargs="+", default=["data/facts.jsonl"])
+    p.add_argument("--template", default="plain")
+    args = p.parse_args(argv)
+    if args.task == "sweep":
+        do_runs(args, [(*s, args.seed) for s in settings(args.methods)])
+    elif args.task == "repeat":
+        sweep = read(*args.files)
+        picks = [chosen(sweep, m) for m in args.methods]
+        do_runs(args, [(r["method"], r["strength"], r["lr"], seed) for seed in args.seeds for r in picks])
+    else:
+        {"tables": tables, "plot": plot}[args.task](args)
+
+
+if __name__ == "__main__":
+    main()
