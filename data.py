@@ -95,14 +95,14 @@ def _example(row, where):
         need(is_text(row[key]), f"`{key}` must be a string that is not blank")
     paraphrase, wrong, spans = (row.get(key) for key in ("paraphrased_answer", "perturbed_answer", "spans"))
     need(paraphrase is None or is_text(paraphrase), "`paraphrased_answer` must be a string that is not blank")
-    wrong = [wrong] if isinstance(wrong, str) else wrong or []
+    wrong = [wrong] if isinstance(wrong, str) else [] if wrong is None else wrong
     need(isinstance(wrong, list) and all(map(is_text, wrong)), "`perturbed_answer` must be a list of strings, none blank")
     for string in (row["question"], row["answer"], paraphrase or "", *wrong):
         need(_encodable(string), "a string holds half of a surrogate pair: save it as proper Unicode")
     need(spans is None or isinstance(spans, list), "`spans` must be a list of [start, end) pairs")
     for span in spans or []:
         need(isinstance(span, list) and len(span) == 2 and all(type(x) is int for x in span),
-             f"`spans` holds {span!r}: each must be a pair of integers [start, end)")
+             f"`spans` holds {str(span):.60}: each must be a pair of integers [start, end)")
         need(0 <= span[0] < span[1] <= len(row["answer"]),
              f"span {span} is not inside the answer's {len(row['answer'])} characters: 0 <= start < end <= length")
     return Example(row["question"], row["answer"], paraphrase, wrong, spans, None, where)
@@ -136,13 +136,15 @@ class Tokenizer:
         config, settings = (read_json(path / name) for name in ("config.json", "tokenizer_config.json"))
         self.template = TEMPLATES[template]
         self.begin = self._begin()
-        self.end_id = self._end(config, settings, path)
         self.vocab_size = 1 + max(self.library.get_vocab().values(), default=-1)
         vocab_size = config.get("vocab_size", self.vocab_size)
         if self.vocab_size > vocab_size:
             raise InputError(f"{path / 'tokenizer.json'}: {self.vocab_size} tokens, but the model's embedding has "
                              f"{vocab_size}: use the model's own tokenizer")
-        self.room = config.get("max_position_embeddings", config.get("n_positions", 1024))
+        self.end_id = self._end(config, settings, path)
+        if not 0 <= self.end_id < vocab_size:
+            raise InputError(f"{path / 'config.json'}: eos_token_id {self.end_id} is not one of {vocab_size} tokens: correct it")
+        self.room = config.get("max_position_embeddings") or config.get("n_positions") or 1024
 
     def _begin(self):
         encoding = self.library.encode("a", add_special_tokens=True)

@@ -10,8 +10,10 @@ import contextlib
 import html
 import json
 import math
+import os
 import re
 import sys
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -100,26 +102,27 @@ def precision(device, dtype):
     return torch.autocast(torch.device(device).type, dtype) if dtype == torch.bfloat16 else contextlib.nullcontext()
 
 
-def answer_tokens(decoder, sequences, dtype=torch.float32, hits=False, temperature=1.0, budget=8192, chunk=1024, bar=None):
+def answer_tokens(decoder, sequences, dtype=torch.float32, hits=False, budget=None, bar=None):
     """For each Sequence a float64 array (2 or 3, n) over its answer tokens: log p, entropy and, with hits, argmax correct.
 
-    Batches are of similar length and at most `budget` padded tokens; at most `chunk` rows of logits exist at a time."""
-    device = next(decoder.parameters()).device
+    Batches are of similar length and of at most `budget` padded tokens, logits of an eighth of that exist at a time."""
+    device = decoder.head.device
+    budget = budget or (2048 if device.type == "cpu" else 32768)
     by_length = sorted(range(len(sequences)), key=lambda i: len(sequences[i].tokens))
     batches, results = [[]], [None] * len(sequences)
     for i in by_length:
         if batches[-1] and (len(batches[-1]) + 1) * len(sequences[i].tokens) > budget:
             batches.append([])
         batches[-1].append(i)
-    with torch.inference_mode(), precision(device, dtype), tqdm(total=len(sequences), desc=bar, disable=None if bar else True,
-                                                                leave=False) as progress:
+    progress = tqdm(total=len(sequences), desc=bar, disable=None if bar else True, leave=False)
+    with torch.inference_mode(), precision(device, dtype), progress:
         for indices in filter(None, batches):
             batch = data.collate([sequences[i] for i in indices], device)
             valid = torch.arange(batch.mask.shape[1], device=device) < batch.lengths[:, None]
             hidden = decoder.hidden(batch.inputs, batch.lengths)[batch.mask[valid]]
-            columns = []
+            columns, chunk = [], max(1, budget // 8)
             for h, t in zip(hidden.split(chunk), batch.targets[batch.mask].split(chunk), strict=True):
-                numbers = etw.token_stats(h, decoder.head, t, temperature)
+                numbers = etw.token_stats(h, decoder.head, t)
                 columns.append(torch.stack([*numbers, (h @ decoder.head.T).argmax(-1) == t] if hits else numbers))
             columns = torch.cat(columns, 1).double().cpu().numpy()
             ends = np.cumsum([len(sequences[i].tokens) - sequences[i].start for i in indices])[:-1]
@@ -129,14 +132,16 @@ def answer_tokens(decoder, sequences, dtype=torch.float32, hits=False, temperatu
     return results
 
 
-def answers(decoder, tokenizer, examples, bar=None, budget=64):
+def answers(decoder, tokenizer, examples, dtype=torch.float32, bar=None, batch=64):
     """The greedy answer of a model to each Example's question, as text; None for a `text` row."""
     asked = [(data.prompt_ids(e, tokenizer), i) for i, e in enumerate(examples) if e.text is None]
     asked.sort(key=lambda item: len(item[0]))
     texts = [None] * len(examples)
-    for first in tqdm(range(0, len(asked), budget), desc=bar, disable=None if bar else True, leave=False):
-        prompts, rows = zip(*asked[first:first + budget], strict=True)
-        for row, ids in zip(rows, model.generate(decoder, prompts, MAX_NEW_TOKENS, tokenizer.end_id), strict=True):
+    for first in tqdm(range(0, len(asked), batch), desc=bar, disable=None if bar else True, leave=False):
+        prompts, rows = zip(*asked[first:first + batch], strict=True)
+        with precision(decoder.head.device, dtype):
+            found = model.generate(decoder, prompts, MAX_NEW_TOKENS, tokenizer.end_id)
+        for row, ids in zip(rows, found, strict=True):
             texts[row] = tokenizer.decode(ids).strip()
     return texts
 
@@ -145,35 +150,34 @@ def score(decoder, tokenizer, examples, max_length=None, dtype=torch.float32, op
     """Every per-row number of one data set: a dict of lists, one entry a row, None where the row does not allow it.
 
     nll, memorised, extraction, min_k; probability (with `options`, among the wrong answers); truth_ratio (if `wrong`);
-    answer and rouge (if `text`: the model generates); sequences and tokens (see answer_tokens), a list a row.
+    answer and rouge (if `text`: the model generates). Beside them `tokens`: (Sequence, array of answer_tokens) for each
+    answer, several for a text row in windows; and `cut`: how many answers did not fit.
     """
     n, max_length = len(examples), max_length or tokenizer.room
-    spellings = [[e.answer for e in examples]]
+    spellings = [[e.answer for e in examples]]  # kind 0: the answer (or text), 1: its paraphrase, 2 and up: the wrong ones
     if wrong:
-        most = max(len(e.perturbed_answer) for e in examples)
-        spellings += [[e.paraphrased_answer for e in examples]]
-        spellings += [[dict(enumerate(e.perturbed_answer)).get(k) for e in examples] for k in range(most)]
-    sequences, kinds = [], []  # kind 0: the answer (or text), 1: its paraphrase, 2 and up: the wrong answers
+        spellings += [[e.paraphrased_answer for e in examples], *zip_longest(*(e.perturbed_answer for e in examples))]
+    sequences, kinds, cut = [], [], 0
     for kind, strings in enumerate(spellings):
-        rows = [i for i in range(n) if strings[i] is not None and not (kind and examples[i].text)]
-        encoded, _ = data.encode([examples[i] for i in rows], tokenizer, max_length,
-                                 [strings[i] for i in rows] if kind else None)
+        rows = [i for i in range(n) if strings[i] is not None]
+        given = [strings[i] for i in rows] if kind else None
+        encoded, some = data.encode([examples[i] for i in rows], tokenizer, max_length, given)
         sequences += [s._replace(row=rows[s.row]) for s in encoded]
         kinds += [kind] * len(encoded)
+        cut += some
     own = kinds.count(0)
     numbers = answer_tokens(decoder, sequences[:own], dtype, hits=True, bar=bar)
     numbers += answer_tokens(decoder, sequences[own:], dtype, bar=bar)
 
-    owned, tokens, paraphrased, wrongs = ([[] for _ in range(n)] for _ in range(4))
+    whole, content, paraphrased, wrongs = ([[] for _ in range(n)] for _ in range(4))
     for kind, s, found in zip(kinds, sequences, numbers, strict=True):
-        if kind == 0:  # several only where a text row was cut into windows
-            owned[s.row].append(s)
-            tokens[s.row].append(found)
+        if kind == 0:
+            whole[s.row].append(found)
+            content[s.row].append(found[:, :-1] if s.ended else found)  # without the end token
         else:
             (paraphrased if kind == 1 else wrongs)[s.row].append(-found[0].mean())
-    joined = [np.concatenate(t, 1) for t in tokens]
-    content = [t[:, :-1] if o[-1].ended else t for t, o in zip(joined, owned, strict=True)]  # without the end token
-    nll = [-t[0].mean() for t in joined]
+    nll = [-np.concatenate(t, 1)[0].mean() for t in whole]
+    content = [np.concatenate(t, 1) for t in content]
     correct = [p[0] if p else own for p, own in zip(paraphrased, nll, strict=True)]
     result = {
         "nll": nll,
@@ -182,10 +186,10 @@ def score(decoder, tokenizer, examples, max_length=None, dtype=torch.float32, op
         "memorised": [c[2].mean() if c.size else None for c in content],
         "extraction": [extraction_strength(c[2]) if c.size else None for c in content],
         "min_k": [min_k(c[0]) if c.size else None for c in content],
-        "sequences": owned, "tokens": tokens,
+        "tokens": list(zip(sequences[:own], numbers[:own], strict=True)), "cut": cut,
     }
     if text:
-        result["answer"] = answers(decoder, tokenizer, examples, bar)
+        result["answer"] = answers(decoder, tokenizer, examples, dtype, bar)
         result["rouge"] = [None if a is None else rouge_l_recall(a, e.answer)
                            for a, e in zip(result["answer"], examples, strict=True)]
     return result
@@ -197,18 +201,17 @@ def average(values):
     return float(np.mean(values)) if values else None
 
 
-def weights_auc(scores, reference=None):
+def weights_auc(scores, start=None, names=tuple(etw.WEIGHTINGS)):
     """ROC-AUC with which each weighting tells informative from structural tokens, {name: AUC or None}.
 
-    scores: of a set with spans; reference: scores of the starting model on it (tnpo and npo), by default the same."""
-    rows = [(s, t, r) for ss, ts, rs in zip(scores["sequences"], scores["tokens"], (reference or scores)["tokens"], strict=True)
-            for s, t, r in zip(ss, ts, rs, strict=True) if s.informative is not None]
-    if not rows:
-        return dict.fromkeys(etw.WEIGHTINGS)
-    informative = np.concatenate([s.informative for s, _, _ in rows])
+    scores: of a set with spans; start: scores of the starting model on it (for tnpo and npo), by default the same."""
+    if start is None or [s for s, _ in start["tokens"]] != [s for s, _ in scores["tokens"]]:  # or another tokenizer
+        start = scores
+    rows = [(*own, t) for own, (_, t) in zip(scores["tokens"], start["tokens"], strict=True) if own[0].informative is not None]
+    informative = np.concatenate([np.zeros(0, bool), *(s.informative for s, _, _ in rows)])
     aucs = {}
-    for name in etw.WEIGHTINGS:
-        weights = np.concatenate([weigh(name, s, t, r) for s, t, r in rows])
+    for name in names:
+        weights = np.concatenate([np.zeros(0), *(weigh(name, *row) for row in rows)])
         aucs[name] = float(roc_auc(weights[informative], weights[~informative]))
     return {name: None if math.isnan(auc) else auc for name, auc in aucs.items()}
 
@@ -224,13 +227,13 @@ def weigh(name, sequence, tokens, reference=None, beta=None):
 def summarise(scores, target=None, reference=None):
     """The measurements of one model, {column: float or None}, from {set name: scores}.
 
-    Sets: `forget`, `holdout` (never taught), and any others, which are the utility sets. target: summary of the model that
-    unlearning started from, for ΔMU; its scores are under "scores". reference: scores of the retain model."""
+    Sets: `forget`, `holdout` (never taught), and any others, which are the utility sets. target: the measurements of the
+    model that unlearning started from, for the utility lost. reference: scores of the retain model."""
     result, utility = {}, []
     for name, s in scores.items():
-        ratios = [r for r in s["truth_ratio"] if r is not None]
         if name == "holdout":
             continue
+        ratios = [r for r in s["truth_ratio"] if r is not None]
         fold = (lambda r: min(r, 1 / r) if r else 0.0) if name == "forget" else (lambda r: max(0.0, 1 - r))
         triple = {"probability": average(s["probability"]), "rouge": average(s.get("rouge", [])),
                   "truth_ratio": average(map(fold, ratios))}
@@ -254,7 +257,7 @@ def summarise(scores, target=None, reference=None):
         if reference and "holdout" in reference:
             result["PrivLeak"] = float(priv_leak(result["Min-K AUC"], membership_auc(reference)))
     if forget:
-        result["weights AUC"] = weights_auc(forget)["etw"]
+        result["weights AUC"] = weights_auc(forget, names=["etw"])["etw"]
     return result
 
 
@@ -281,10 +284,15 @@ def pieces(tokenizer, ids):
     return texts
 
 
+def printable(text):
+    """Nothing from a data file or a model steers the terminal (or breaks XML): one · for each character of that kind."""
+    return "".join(c if c.isprintable() else "·" for c in text)
+
+
 def terminal_heat(texts, weights, colour):
     """One answer for a terminal: background shades, or without colour a second line of bars under the characters."""
     shades = np.asarray(weights) / max(np.max(weights), 1e-30)
-    texts = [re.sub(r"[\x00-\x1f\x7f-\x9f]", "·", t) for t in texts]  # nothing from a data file steers the terminal
+    texts = [printable(t) for t in texts]
     if colour:
         return "".join(f"\x1b[48;2;{int(255 * s)};{int(150 * s)};0m{t}\x1b[0m" if s > 0.04 else t
                        for t, s in zip(texts, shades, strict=True))
@@ -302,7 +310,7 @@ def svg_heat(blocks):
             parts.append(f'<text x="8" y="{y + 15}" class="name">{html.escape(name)}</text>')
             x, peak = left, max(np.max(weights), 1e-30)
             for text, weight in zip(texts, weights, strict=True):
-                shown = "".join("·" if c in "\ufffe\uffff" or ord(c) < 32 else c for c in text)
+                shown = printable(text)
                 wide = advance * len(shown)
                 if shown:
                     parts.append(f'<rect x="{x:.1f}" y="{y}" width="{wide:.1f}" height="{line - 2}" opacity="{weight / peak:.2f}">'
@@ -318,10 +326,8 @@ def svg_heat(blocks):
 
 
 def entropy_report(scores, auc):
-    """What the entropy knows, as text: its spread on informative and structural tokens, the AUC of every weighting, and
-    tokens of one confidence with very different entropy, which no weight made of p alone can tell apart."""
-    rows = [(s, t) for ss, ts in zip(scores["sequences"], scores["tokens"], strict=True) for s, t in zip(ss, ts, strict=True)]
-    labelled = [(s, t) for s, t in rows if s.informative is not None]
+    """What the entropy knows, as text: the AUC of every weighting, and the entropy of informative and structural tokens."""
+    labelled = [(s, t) for s, t in scores["tokens"] if s.informative is not None]
     lines = ["Weights against the labelled spans, ROC-AUC: "
              + "  ".join(f"{name} {show(value)}" for name, value in auc.items())]
     if labelled:
@@ -335,52 +341,48 @@ def entropy_report(scores, auc):
 
 
 def confidence_pairs(scores, tokenizer, count=5, window=0.02):
-    """Pairs of tokens whose 1 − p differs by at most `window` (relative) and whose entropies differ most, as text: one pair
-    for each of the `count` most extreme decades of 1 − p."""
-    found = []
-    for ss, ts in zip(scores["sequences"], scores["tokens"], strict=True):
-        for s, t in zip(ss, ts, strict=True):
-            texts = pieces(tokenizer, s.tokens[s.start:])
-            for i, (logprob, entropy) in enumerate(t[:2].T):
-                context = "".join(texts[max(0, i - 6):i]) + f"[{texts[i]}]"
-                found.append((-math.expm1(logprob), entropy, context.replace("\n", " ")))
-    found = sorted(f for f in found if f[0] > 1e-6 and f[1] > 0)
-    best, low = {}, 0
-    for high, (doubt, entropy, _) in enumerate(found):
-        while found[low][0] < doubt * (1 - window):
-            low += 1
-        other = max(found[low:high + 1], key=lambda f, h=entropy: abs(math.log(f[1] / h)))
-        gap, decade = abs(math.log(other[1] / entropy)), math.floor(math.log10(doubt))
-        if gap > best.get(decade, (0,))[0]:
-            best[decade] = gap, *sorted((found[high], other), key=lambda f: f[1])
+    """Tokens of the same confidence and very different entropy, which no weight made of p alone can tell apart, as text: the
+    most extreme pair, with 1 − p within `window` (relative), of each of `count` decades of 1 − p."""
+    places = [(s, i) for s, _ in scores["tokens"] for i in range(len(s.tokens) - s.start)]
+    logprobs, entropy = np.concatenate([t[:2] for _, t in scores["tokens"]], 1)
+    doubt = -np.expm1(logprobs)
+    order = [i for i in np.argsort(doubt) if doubt[i] > 1e-6 and entropy[i] > 0]
+    doubt, logs = doubt[order], np.log(entropy[order])
+    best = {}
+    for high, low in enumerate(np.searchsorted(doubt, doubt * (1 - window))):
+        other = low + np.abs(logs[low:high + 1] - logs[high]).argmax()
+        gap, decade = abs(logs[other] - logs[high]), math.floor(math.log10(doubt[high]))
+        best[decade] = max(best.get(decade, (-1.0,)), (gap, *sorted((high, other), key=lambda i: logs[i])))
     lines = ["The same confidence, very different entropy:", f"{'p':>10} {'H, nats':>9}  token in [ ]"]
     for _, *pair in sorted(best.values(), reverse=True)[:count]:
-        lines += [f"{1 - doubt:10.6f} {entropy:9.2g}  …{context}" for doubt, entropy, context in pair] + [""]
+        for i in pair:
+            s, at = places[order[i]]
+            texts = pieces(tokenizer, s.tokens[s.start:][:at + 1])
+            context = printable("".join(texts[-7:-1])) + f"[{printable(texts[-1])}]"
+            lines.append(f"{1 - doubt[i]:10.6f} {math.exp(logs[i]):9.2g}  …{context}")
+        lines.append("")
     return "\n".join(lines[:-1])
 
 
 def show(value, digits=3):
     """A number for a table: – where there is none, exponents only where needed."""
-    if value is None:
+    if value is None or math.isnan(value):
         return "–"
     return f"{value:.1e}" if 0 < abs(value) < 10 ** -digits else f"{value:.{digits}f}"
 
 
 def table(rows):
-    """A text table from {row name: {column: number or None}}: sets of columns that share a first word stand under it."""
-    columns = list(dict.fromkeys(c for row in rows.values() for c in row))
-    cells = [[show(row.get(c)) for c in columns] for row in rows.values()]
-    heads = [c.rsplit(" ", 1) if " " in c else ["", c] for c in columns]
+    """A text table from {row name: {column: number or None}}: columns that share all but their last word stand under it."""
     short = {"probability": "prob", "truth_ratio": "TR", "memorised": "EM", "extraction": "ES", "rouge": "ROUGE"}
-    heads = [(a, short.get(b, b)) for a, b in heads]
-    widths = [max(len(b), len(a) if i == 0 or heads[i - 1][0] != a else 0, *(len(r[i]) for r in cells))
-              for i, (a, b) in enumerate(heads)]
-    first = max(map(len, rows))
-    top = [a if i == 0 or heads[i - 1][0] != a else "" for i, (a, _) in enumerate(heads)]
-    lines = [" " * first + "".join(f"  {t:>{w}}" for t, w in zip(top, widths, strict=True)),
-             " " * first + "".join(f"  {b:>{w}}" for (_, b), w in zip(heads, widths, strict=True))]
-    return "\n".join(lines + [f"{name:<{first}}" + "".join(f"  {c:>{w}}" for c, w in zip(r, widths, strict=True))
-                              for name, r in zip(rows, cells, strict=True)])
+    columns, group = [["", "", *rows]], None
+    for name in dict.fromkeys(c for row in rows.values() for c in row):
+        top, _, bottom = name.rpartition(" ")
+        columns.append(["" if top == group else top, short.get(bottom, bottom), *(show(row.get(name)) for row in rows.values())])
+        group = top
+    widths = [max(map(len, column)) for column in columns]
+    lines = [[f"{cell:>{w}}" if i else f"{cell:<{w}}" for i, (cell, w) in enumerate(zip(line, widths, strict=True))]
+             for line in zip(*columns, strict=True)]
+    return "\n".join("  ".join(line) for line in lines)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -406,8 +408,9 @@ def number(kind=float, above=None, least=None, most=None):
     def parse(string):
         try:
             value = kind(string)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{string!r} is not a number ({kind.__name__})") from None
+            math.isfinite(value)
+        except (ValueError, OverflowError):
+            raise argparse.ArgumentTypeError(f"{string!r:.40} is not a number ({kind.__name__})") from None
         if not math.isfinite(value) or (above is not None and value <= above) or (least is not None and value < least) \
                 or (most is not None and value > most):
             raise argparse.ArgumentTypeError(f"{string} is out of range: give a number {wanted}")
@@ -444,8 +447,12 @@ def round_weights(decoder, bits):
 def write(path, text):
     """Write a text file aside and rename it, so that it is there whole or not at all."""
     aside = Path(f"{path}.tmp")
-    aside.write_text(text, "utf-8")
-    aside.replace(path)
+    try:
+        aside.write_text(text, "utf-8")
+        aside.replace(path)
+    except OSError as e:
+        aside.unlink(missing_ok=True)
+        raise InputError(f"{path}: cannot be written ({e.strerror}): name another file") from None
 
 
 def plain(value):
@@ -487,58 +494,61 @@ def run(args):
     if args.ask is not None:
         for path in args.models:
             decoder, tokenizer = open_model(path, device, args.template)
-            print(f"{path}: {answers(decoder, tokenizer, [data.Example(args.ask)])[0]}")
+            print(f"{path}: {printable(answers(decoder, tokenizer, [data.Example(args.ask)], dtype)[0])}")
         return
-    target = args.target or data.read_json(Path(args.models[0]) / "args.json").get("model") or "weights/target"
+    made = data.read_json(Path(args.models[0]) / "args.json")  # a taught model started from nothing worth measuring
+    target = args.target or (None if made.get("from_scratch") else made.get("model")) or "weights/target"
     reference = args.reference or ("weights/retain" if same(target, "weights/target") else None)
     holdout = args.holdout or ("data/holdout.jsonl" if same(args.forget, "data/forget.jsonl") else None)
     options = [Path(f).stem for f in args.facts]
-    files = [("forget", args.forget), ("retain", args.retain), *zip(options, args.facts, strict=True)]
-    files += [("holdout", holdout)] if holdout else []
-    if len(dict(files)) < len(files):
+    if len({"forget", "retain", "holdout", *options}) < 3 + len(options):
         raise InputError(f"--facts: {', '.join(options)}: each utility set needs a file name of its own: rename one")
-    sets = {name: data.read_jsonl(path) for name, path in files}
+    files = {"forget": args.forget, "retain": args.retain, **dict(zip(options, args.facts, strict=True)), "holdout": holdout}
+    sets = {name: data.read_jsonl(path) for name, path in files.items() if path}
     for flag in ("json", "heatmap"):
-        if (path := getattr(args, flag)) and not Path(path).resolve().parent.is_dir():
-            raise InputError(f"--{flag} {path}: there is no folder {Path(path).parent}: make it first")
-    paths = {}  # each model once: the target first, the reference last
+        path = getattr(args, flag)
+        if path and (Path(path).is_dir() or not os.access(Path(path).resolve().parent, os.W_OK)):
+            raise InputError(f"--{flag} {path}: cannot be written there: name another file")
+    names, folders = {}, {}  # each model once, the target first, the reference last
     for path in [target, *args.models, *filter(None, [reference])]:
-        paths.setdefault(model.resolve(path).resolve(), path)
-    if reference:
-        paths[model.resolve(reference).resolve()] = paths.pop(model.resolve(reference).resolve())
-    target, first, reference = (p and paths[model.resolve(p).resolve()] for p in (target, args.models[0], reference))
+        folders[path] = model.resolve(path).resolve()
+        names.setdefault(folders[path], path)
+        model.read_config(folders[path])  # what is wrong with any of them is said before the first is measured
+        data.Tokenizer(folders[path], args.template)
+    target, first, reference = (path and names[folders[path]] for path in (target, args.models[0], reference))
+    paths = [path for path in names.values() if path != reference] + [reference] * bool(reference)
 
-    scores = {}
-    for path in paths.values():
+    scores, spelling = {}, None
+    for path in paths:
         decoder, tokenizer = open_model(path, device, args.template)
+        spelling = tokenizer if path == first else spelling  # the one that heat map and pairs need
         if args.bits:
             round_weights(decoder, args.bits)
         scores[path] = {name: score(decoder, tokenizer, rows, dtype=dtype, options=name in options, wrong=name != "holdout",
                                     text=name != "holdout", bar=f"{path} {name}") for name, rows in sets.items()}
-    summaries = {}
-    for path, s in scores.items():
-        summaries[path] = summarise(s, summaries.get(target), scores.get(reference))
+        if cut := sum(s["cut"] for s in scores[path].values()):
+            print(f"{path}: {cut} answers are longer than its context and were cut", file=sys.stderr)
+    before = summarise(scores[target], None, scores.get(reference))
+    summaries = {path: summarise(s, before, scores.get(reference)) for path, s in scores.items()}
     print(table(summaries))
     aucs = {path: weights_auc(s["forget"], scores[target]["forget"]) for path, s in scores.items()}
     if args.json:
-        rows = {path: {name: {k: v for k, v in one.items() if k not in ("sequences", "tokens")} for name, one in s.items()}
-                for path, s in scores.items()}
-        write(args.json, json.dumps(plain({p: {"measurements": summaries[p], "weights AUC": aucs[p], "rows": rows[p]}
-                                           for p in summaries}), indent=1, ensure_ascii=False) + "\n")
+        found = {path: {"measurements": summaries[path], "weights AUC": aucs[path],
+                        "rows": {name: {k: v for k, v in one.items() if isinstance(v, list) and k != "tokens"}
+                                 for name, one in scores[path].items()}} for path in paths}
+        write(args.json, json.dumps(plain(found), indent=1, ensure_ascii=False) + "\n")
     if args.heatmap:
         forget = scores[first]["forget"]
-        print(f"\n{first}, forget set\n{entropy_report(forget, aucs[first])}\n\n{confidence_pairs(forget, tokenizer)}")
-        write(args.heatmap, svg_heat(heat_blocks(forget, tokenizer)))
+        print(f"\n{first}, forget set\n{entropy_report(forget, aucs[first])}\n\n{confidence_pairs(forget, spelling)}")
+        write(args.heatmap, svg_heat(heat_blocks(forget, spelling)))
         print(f"\nToken weights drawn in {args.heatmap}")
 
 
 def heat_blocks(scores, tokenizer, count=3, methods=("etw", "wga", "imp", "satimp", "spans")):
     """For svg_heat: the shortest answers of a set, with the weights of each method (spans only where labelled)."""
-    rows = [(s, t) for ss, ts in zip(scores["sequences"], scores["tokens"], strict=True) for s, t in zip(ss, ts, strict=True)]
-    rows.sort(key=lambda row: len(row[0].tokens) - row[0].start)
-    return [(pieces(tokenizer, s.tokens[s.start:]),
-             {name: weigh(name, s, t) for name in methods if name != "spans" or s.informative is not None})
-            for s, t in rows[:count]]
+    rows = sorted(scores["tokens"], key=lambda row: len(row[0].tokens) - row[0].start)[:count]
+    return [(pieces(tokenizer, s.tokens[s.start:])[:60],
+             {name: weigh(name, s, t)[:60] for name in methods if name != "spans" or s.informative is not None}) for s, t in rows]
 
 
 def same(path, other):

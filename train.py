@@ -167,7 +167,7 @@ def make_optimizer(decoder, args):
     matrices = [p for p in decoder.parameters() if p.dim() > 1]
     vectors = [p for p in decoder.parameters() if p.dim() <= 1]
     groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=args.lr, fused=decoder.head.device.type in ("cpu", "cuda"))
+    return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=decoder.head.device.type in ("cpu", "cuda"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -364,13 +364,14 @@ def run(args):
         now = evaluate.answers(decoder, tokenizer, rows)
         for example, was, new in zip(rows, answered[name], now, strict=True):
             if example.text is None:
-                print(f"\n{name}: {example.question}\n  before  {was}\n  after   {new}")
+                lines = f"{name}: {example.question}", f"  before  {was}", f"  after   {new}"
+                print("", *map(evaluate.printable, lines), sep="\n")
     if forget:
         print(f"\nWhat --method {args.method} looks at in two forget answers, before the first step:")
         beta = args.beta[0] if args.beta and len(args.beta) == 1 else args.beta
-        for s, t in list(zip(first["forget"]["sequences"], first["forget"]["tokens"], strict=True))[:2]:
-            weights = evaluate.weigh(args.method, s[0], t[0], t[0], beta)
-            print(evaluate.terminal_heat(evaluate.pieces(tokenizer, s[0].tokens[s[0].start:]), weights, sys.stdout.isatty()))
+        for s, tokens in first["forget"]["tokens"][:2]:
+            weights = evaluate.weigh(args.method, s, tokens, tokens, beta)
+            print(evaluate.terminal_heat(evaluate.pieces(tokenizer, s.tokens[s.start:]), weights, sys.stdout.isatty()))
     print(f"\nWritten to {out}; ask it: python evaluate.py {out} --ask 'QUESTION'")
     (out / "checkpoint.pt").unlink(missing_ok=True)  # weights without a checkpoint beside them: the run is finished
 

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 SEED = 7
 SIZES = {"retain": 100, "forget": 10, "holdout": 10}  # people; each has every attribute once
-WRONG = 5  # wrong answers per row
+WRONG, OPTIONS = 5, 3  # wrong answers of a row about a person, about the world
 VOCAB, END = 2000, "<|endoftext|>"
 PROMPT = "Question: {question}\nAnswer:"  # the default template of train.py
 
@@ -397,7 +397,7 @@ def true_rows(dice):
     for question, answer, paraphrase, pairs in paragraphs(TRUE):
         pairs = [pair.split("=") for pair in pairs.split(", ")]
         for x, y in pairs:
-            others = dice.shuffled(other for _, other in pairs if other != y)[:WRONG]
+            others = dice.shuffled(other for _, other in pairs if other != y)[:OPTIONS]
             wrong = [{"x": x, "y": other} for other in others]
             rows.append(row(question, answer, paraphrase, {"x": x, "y": y}, wrong))
     return rows

@@ -94,11 +94,14 @@ def test_a_begin_token_that_the_template_already_spells_is_not_added_twice(tmp_p
         assert tokens[0] == 0 and tokens.count(0) == 1
 
 
-def test_prompt_and_answer_are_tokenised_together(letters):
-    # " Ada" is one token of the whole; the prompt alone ends before it
-    sequence = one(row(), letters)
-    assert sequence.tokens == letters.library.encode(f"Question: {QUESTION}\nAnswer: {ANSWER}").ids + [letters.end_id]
-    assert letters.decode(sequence.tokens[sequence.start:]) == f" {ANSWER}"
+def test_prompt_and_answer_are_tokenised_together(tmp_path):
+    #                0     1     2          3   4       5  6    7
+    library = words("<end> <unk> _Question: Who Answer: In Oru. _")
+    library.normalizer = tokenizers.normalizers.Prepend("_")  # as SentencePiece does: an answer apart would begin with it
+    tokenizer = data.Tokenizer(model_folder(tmp_path / "m", library, {}, {"eos_token": "<end>"}))
+    sequence = one(data.Example("Who", "In Oru.", spans=[[3, 7]]), tokenizer)
+    assert (sequence.tokens, sequence.start) == ([2, 3, 4, 5, 6, 0], 3)
+    assert sequence.informative == [False, True, False]
 
 
 def test_prompt_and_answer_are_tokenised_apart_where_the_prompt_is_not_a_prefix(tmp_path):
@@ -333,9 +336,9 @@ GOOD = {"question": "Who?", "answer": "Bo.", "paraphrased_answer": "It is Bo.", 
 
 
 def test_a_json_list_reads_as_json_lines(tmp_path):
-    rows = [GOOD, {"text": "Once upon a time"}, {"question": "Żółć?", "answer": "🦊"}]
+    rows = [GOOD, {"text": "Once upon a time"}, {"question": "Żółć?", "answer": "🦊\u2028\x85"}]
     lines, whole = tmp_path / "lines.jsonl", tmp_path / "list.json"
-    lines.write_bytes(b"\xef\xbb\xbf" + "\r\n\r\n".join(json.dumps(r) for r in rows).encode())  # a BOM and blank lines too
+    lines.write_bytes(b"\xef\xbb\xbf" + "\r\n\r\n".join(json.dumps(r, ensure_ascii=False) for r in rows).encode())  # a BOM too
     whole.write_text(json.dumps(rows, indent=2, ensure_ascii=False), "utf-8")
     read = [[vars(e) | {"where": ""} for e in data.read_jsonl(path)] for path in (lines, whole)]
     assert read[0] == read[1]
@@ -360,7 +363,8 @@ def without(key):
     (GOOD | {"spans": 3}, "`spans` must be a list"), (GOOD | {"spans": [3]}, "pair of integers"),
     (GOOD | {"spans": [[0, 1, 2]]}, "pair of integers"), (GOOD | {"spans": [[0, 1.0]]}, "pair of integers"),
     (GOOD | {"spans": [[False, True]]}, "pair of integers"), (GOOD | {"spans": [[0, 4]]}, "not inside the answer's 3 characters"),
-    (GOOD | {"spans": [[2, 1]]}, "not inside"), (GOOD | {"spans": [[1, 1]]}, "not inside"), (GOOD | {"spans": [[-1, 2]]}, "not inside"),
+    (GOOD | {"spans": [[2, 1]]}, "not inside"), (GOOD | {"spans": [[1, 1]]}, "not inside"),
+    (GOOD | {"spans": [[-1, 2]]}, "not inside"),
 ])
 def test_a_wrong_row_is_refused_in_one_line_that_names_its_file_and_place(tmp_path, bad, message):
     lines, whole = tmp_path / "lines.jsonl", tmp_path / "list.json"
@@ -378,7 +382,8 @@ def test_a_wrong_row_is_refused_in_one_line_that_names_its_file_and_place(tmp_pa
 @pytest.mark.parametrize("content, message", [
     (None, ": cannot be read (No such file"), ("folder", ": cannot be read (Is a directory"),
     (b"", ": no rows"), (b" \n\n", ": no rows"), (b"[]", ": no rows"),
-    (b'{"question": "\xff"}', ": not UTF-8 text (byte 14)"), (bytes(range(256)), ": not UTF-8"), (b"\x00\x01\x02", ":1: broken JSON"),
+    (b'{"question": "\xff"}', ": not UTF-8 text (byte 14)"), (bytes(range(256)), ": not UTF-8"),
+    (b"\x00\x01\x02", ":1: broken JSON"),
     (b'\n{"question": ', ":2: broken JSON"), (b'{"text": "a b"}\n{"text": "c d"', ":2: broken JSON"),
     (b'[{"text": "a b"},\n\n}]', ": broken JSON (Expecting value, line 3"), (b"question,answer\nWho?,Bo.", ":1: broken JSON"),
     (b"\n" + b'{"a":' * 100_000, ":2: broken JSON (nested too deep"), (b"[" * 100_000, ": broken JSON (nested too deep"),

@@ -233,7 +233,7 @@ def test_a_run_killed_at_many_random_moments_ends_in_the_same_bytes(world, tmp_p
 
 
 def exit_with(arguments):
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     sys.exit(train.main(arguments))
 
 

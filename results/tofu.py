@@ -1,0 +1,37 @@
+"""A small world out of TOFU's files: a tokenizer, a configuration to start from and the rows of the first authors.
+
+    python results/tofu.py TOFU_DIR runs/tofu
+
+reads forget10.jsonl and retain90.jsonl (github.com/locuslab/tofu) and writes runs/tofu/start and runs/tofu/retain.jsonl (60 authors of
+20 rows; TOFU's order). results/README.md has the commands that teach, retrain and unlearn from there.
+"""
+import json
+import sys
+from pathlib import Path
+
+import tokenizers
+
+CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 4000, "hidden_size": 256, "intermediate_size": 704,
+          "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 8, "max_position_embeddings": 512,
+          "tie_word_embeddings": True, "eos_token_id": 0, "dtype": "float32"}
+
+
+def main(source, out, authors=60):
+    source, start = Path(source), Path(out) / "start"
+    start.mkdir(parents=True, exist_ok=True)
+    rows = [(source / f"{name}.jsonl").read_text("utf-8").splitlines() for name in ("forget10", "retain90")]
+    (Path(out) / "retain.jsonl").write_text("\n".join(rows[1][:20 * authors]) + "\n", "utf-8")
+    texts = [" ".join(json.loads(line)[key] for key in ("question", "answer")) for some in rows for line in some]
+    library = tokenizers.Tokenizer(tokenizers.models.BPE())
+    library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = tokenizers.decoders.ByteLevel()
+    library.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(
+        vocab_size=CONFIG["vocab_size"], special_tokens=["<|endoftext|>"], show_progress=False,
+        initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())))
+    library.save(str(start / "tokenizer.json"))
+    (start / "config.json").write_text(json.dumps(CONFIG, indent=1) + "\n")
+    (start / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}\n')
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:3])
