@@ -57,8 +57,10 @@ def _entropy(all_logprobs, temperature, probs=None):
         shifted = (all_logprobs - all_logprobs.amax(-1, keepdim=True)) / temperature
         all_logprobs, probs = torch.log_softmax(shifted, dim=-1), None
     probs = all_logprobs.exp() if probs is None else probs
-    log_q = all_logprobs.clamp_min(torch.finfo(all_logprobs.dtype).min)  # 0 · −inf would be NaN
-    return -torch.linalg.vecdot(probs, log_q).clamp_max(0)
+    entropy = -torch.einsum("nv,nv->n", probs, all_logprobs)
+    if not entropy.isfinite().all():  # 0 · −inf, where logits differ by more than float32 can hold
+        entropy = -torch.einsum("nv,nv->n", probs, all_logprobs.clamp_min(torch.finfo(all_logprobs.dtype).min))
+    return entropy.clamp_min(0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -175,13 +177,21 @@ class _LeanLoss(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         with torch.autocast(device, enabled=False):
             x, w = hidden.to(dtype), head.to(dtype)
-            grad_x, grad_w = torch.empty_like(x), torch.zeros_like(head, dtype=torch.float32)
+            grad_x, grad_w = torch.empty_like(x), None
             logprobs, entropy, c = (x.new_empty(len(x), dtype=torch.float32) for _ in range(3))
 
-            def predict(piece):
-                all_logprobs = torch.log_softmax((x[piece] @ w.T).float(), dim=-1)
+            size = min(chunk, len(x)), len(head)
+            buffers = [x.new_empty(size, dtype=torch.float32) for _ in range(2)]
+
+            def predict(piece):  # softmax of some rows, all in the same two buffers: fresh ones would cost page faults
+                logits, probs = (b[:piece.stop - piece.start] for b in buffers)
+                if dtype == torch.float32:
+                    torch.mm(x[piece], w.T, out=logits)
+                else:
+                    logits.copy_(x[piece] @ w.T)
+                all_logprobs = torch.log_softmax(logits, -1, out=probs)
                 logprobs[piece] = all_logprobs.gather(1, targets[piece, None]).squeeze(1)
-                probs = all_logprobs.exp()
+                probs = torch.exp(all_logprobs, out=logits)
                 entropy[piece] = _entropy(all_logprobs, temperature, probs)
                 return probs
 
@@ -200,7 +210,9 @@ class _LeanLoss(torch.autograd.Function):
                     grad_z.scatter_add_(1, targets[piece, None], c[piece, None])
                     grad_z = grad_z.to(dtype)
                     torch.mm(grad_z, w, out=grad_x[piece])
-                    if dtype == torch.float32:
+                    if grad_w is None:
+                        grad_w = (grad_z.T @ x[piece]).float()
+                    elif dtype == torch.float32:
                         grad_w.addmm_(grad_z.T, x[piece])
                     else:
                         grad_w += grad_z.T @ x[piece]

@@ -58,6 +58,7 @@ class Ours:
     def __init__(self, path, device, dtype, micro=None, method="etw"):
         self.args = Namespace(micro_batch_size=micro, method=method, lam=0.03, beta=None, temperature=1.0, clip=1.0, lr=1e-5,
                               weight_decay=0.01)
+        evaluate.pick_device(device, "auto")
         self.decoder, self.dtype = model.load(path, device), dtype
         self.optimizer = train.make_optimizer(self.decoder, self.args)
 
@@ -65,10 +66,18 @@ class Ours:
         train.train_step(self.decoder, self.optimizer, rows, 1e-5, self.args, self.dtype)
 
 
+class Uniform(Ours):
+    """Our step with uniform weights and no entropy computed: what ETW costs."""
+
+    def __init__(self, *args):
+        super().__init__(*args, method="uniform")
+        etw._entropy = lambda logits, *_: logits.new_zeros(len(logits))
+
+
 class Plain:
     """The formulas, written down with transformers: two forwards, labels of −100, logits of every position in float32."""
 
-    def __init__(self, path, device, dtype, **_):
+    def __init__(self, path, device, dtype, micro=None):
         import transformers
         self.model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(device).train()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, weight_decay=0.01, fused=True)
@@ -95,6 +104,18 @@ class Plain:
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+
+SIDES = {"ours": Ours, "uniform, no entropy": Uniform, "plain": Plain}
+
+
+def pick(device, dtype):
+    """train.py's choice; its allocator setting is ours alone, the plain side runs as its user would run it."""
+    keep, evaluate.keep_freed_memory = evaluate.keep_freed_memory, lambda: None
+    try:
+        return evaluate.pick_device(device, dtype)
+    finally:
+        evaluate.keep_freed_memory = keep
 
 
 def clock(function, device):
@@ -130,28 +151,28 @@ def status_mb(key):
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(key))
 
 
-def peak_above_state(side, path, rows, device, dtype, micro):
-    """MB that a step needs above weights, gradients and optimizer state, in this process."""
-    user = side(path, device, dtype, micro=micro)
-    parameters = list((user.decoder if side is Ours else user.model).parameters())
+def serve(side, args, rows, device, dtype):
+    """One side in a process of its own: a step for each line on stdin, its seconds and the peak memory so far on stdout."""
+    user = side(args.model, device, dtype, args.micro_batch_size)
+    parameters = list((user.model if side is Plain else user.decoder).parameters())
     gradients = sum(p.numel() * p.element_size() for p in parameters) / 2**20
     user.step([row for row in rows if row[0] == train.FORGET][:1] + [row for row in rows if row[0] == train.RETAIN][:1])
     if device.startswith("cuda"):
-        base = torch.cuda.memory_allocated() / 2**20
         torch.cuda.reset_peak_memory_stats()
-        user.step(rows)
-        return torch.cuda.max_memory_allocated() / 2**20 - base - gradients
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    base = status_mb("VmRSS")
-    for _ in range(2):
-        user.step(rows)
-    return status_mb("VmHWM") - base - gradients
+        base = torch.cuda.memory_allocated() / 2**20
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux forgets the peak so far
+        base = status_mb("VmRSS")
+    for _ in sys.stdin:
+        seconds = clock(lambda: user.step(rows), device)
+        peak = torch.cuda.max_memory_allocated() / 2**20 if device.startswith("cuda") else status_mb("VmHWM")
+        print(json.dumps([seconds, peak - base - gradients]), flush=True)
 
 
 def loss_memory(device, vocab=128_256, width=256):
     """Peak memory in MB of lean_loss, forward and backward, by number of answer tokens in sequences of 64."""
     for n in (256, 1024, 4096):
-        hidden, head = torch.randn(n, width, device=device, requires_grad=True), torch.randn(vocab, width, device=device).requires_grad_()
+        hidden, head = (torch.randn(rows, width, device=device, requires_grad=True) for rows in (n, vocab))
         rule = lambda rows, logprobs, entropy, mask: etw.etw_weights(entropy, mask) / n  # noqa: B023, E731
         Path("/proc/self/clear_refs").write_text("5")
         base = status_mb("VmRSS")
@@ -172,9 +193,9 @@ def main(argv=None):
     p.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     p.add_argument("--json", metavar="FILE")
     p.add_argument("--loss-memory", action="store_true")
-    p.add_argument("--measure-memory", choices=("ours", "plain"), help=argparse.SUPPRESS)
+    p.add_argument("--serve", choices=SIDES, help=argparse.SUPPRESS)
     args = p.parse_args(argv)
-    device, dtype = evaluate.pick_device(args.device, args.dtype)
+    device, dtype = pick(args.device, args.dtype)
     if args.loss_memory:
         return loss_memory(device)
     with tempfile.TemporaryDirectory() as folder:
@@ -184,42 +205,38 @@ def main(argv=None):
             model.save(model.fresh(folder, seed=0), folder)
         config = data.read_json(Path(args.model) / "config.json")
         rows = make_rows(args.batch_size, config["vocab_size"])
-        sides = {"ours": Ours, "plain": Plain}
-        if args.measure_memory:
-            print(peak_above_state(sides[args.measure_memory], args.model, rows, device, dtype, args.micro_batch_size))
-            return None
-        arguments = ["--batch-size", str(args.batch_size), "--device", device, "--dtype", str(dtype)[6:]]
-        arguments += ["--micro-batch-size", str(args.micro_batch_size)] if args.micro_batch_size else []
-        memory = {name: float(subprocess.run([sys.executable, __file__, "--model", args.model, "--measure-memory", name, *arguments],
-                                             capture_output=True, text=True, check=True).stdout) for name in sides}
-        users = {name: side(args.model, device, dtype, micro=args.micro_batch_size) for name, side in sides.items()}
-        users["ours, uniform, no entropy"] = Ours(args.model, device, dtype, args.micro_batch_size, "uniform")
-        times, entropy = {name: [] for name in users}, etw._entropy
-        rates = []
-        for round_ in range(args.rounds + 1):
-            for name, user in users.items():
-                etw._entropy = (lambda logits, *_: torch.zeros(len(logits), device=device)) if "no entropy" in name else entropy
-                seconds = clock(lambda user=user: user.step(rows), device)
-                if round_:
-                    times[name].append(seconds)
+        if args.serve:
+            return serve(SIDES[args.serve], args, rows, device, dtype)
+        command = [sys.executable, __file__, "--model", args.model, "--batch-size", str(args.batch_size), "--device", device,
+                   "--dtype", str(dtype)[6:]]
+        command += ["--micro-batch-size", str(args.micro_batch_size)] if args.micro_batch_size else []
+        servers = {name: subprocess.Popen([*command, "--serve", name], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                          stderr=subprocess.DEVNULL, text=True) for name in SIDES}
+        times, memory, rates = {name: [] for name in SIDES}, {}, []
+        for _ in range(args.rounds + 1):  # the first one warms up
+            for name, server in servers.items():
+                server.stdin.write("step\n")
+                server.stdin.flush()
+                seconds, memory[name] = json.loads(server.stdout.readline())
+                times[name].append(seconds)
             rates.append(matrix_rate(device, dtype))
-        etw._entropy = entropy
-    tokens = sum(len(s.tokens) - 1 for _, s, _ in rows)
-    rate = statistics.median(rates)
+        for server in servers.values():
+            server.communicate()
+    times = {name: seconds[1:] for name, seconds in times.items()}
+    tokens, rate = sum(len(s.tokens) - 1 for _, s, _ in rows), statistics.median(rates)
     result = {"shape": args.shape if args.model == folder else args.model, "device": device, "dtype": str(dtype)[6:],
-              "threads": torch.get_num_threads(), "tokens a step": tokens,
-              "padding": 1 - tokens / (len(rows) * max(len(s.tokens) - 1 for _, s, _ in rows)),
-              "matrix rate, GFLOP/s": rate / 1e9}
+              "threads": torch.get_num_threads(), "tokens a step": tokens, "matrix rate, GFLOP/s": rate / 1e9,
+              "padding of one rectangle": 1 - tokens / (len(rows) * max(len(s.tokens) - 1 for _, s, _ in rows))}
     for name, seconds in times.items():
         median = statistics.median(seconds)
-        result[name] = {"seconds a step": median, "fastest": min(seconds), "slowest": max(seconds), "tokens a second": tokens / median,
-                        "useful share of the matrix rate": useful_flops(config, rows) / median / rate,
-                        "peak MB above state": memory.get(name)}
+        result[name] = {"seconds a step": median, "fastest": min(seconds), "slowest": max(seconds),
+                        "tokens a second": tokens / median, "peak MB above state": memory[name],
+                        "useful share of the matrix rate": useful_flops(config, rows) / median / rate}
     ratios = sorted(b / a for a, b in zip(times["ours"], times["plain"], strict=True))
-    cost = sorted(a / b - 1 for a, b in zip(times["ours"], times["ours, uniform, no entropy"], strict=True))
+    costs = [a / b - 1 for a, b in zip(times["ours"], times["uniform, no entropy"], strict=True)]
     result["times as fast as plain"] = {"median": statistics.median(ratios), "least": ratios[0], "most": ratios[-1]}
     result["memory against plain"] = memory["ours"] / memory["plain"]
-    result["cost of the entropies"] = statistics.median(cost)
+    result["cost of entropy weights"] = statistics.median(costs)
     print(json.dumps(result, indent=1))
     if args.json:
         evaluate.write(args.json, json.dumps(result, indent=1) + "\n")

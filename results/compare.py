@@ -62,8 +62,9 @@ class World:
 
     def mean_weight(self, method):
         """Mean ω of the target model over all forget tokens."""
-        tokens = evaluate.answer_tokens(self.target, self.sequences["forget"])
-        return float(np.concatenate([evaluate.weigh(method, s, t, t) for s, t in zip(self.sequences["forget"], tokens, strict=True)]).mean())
+        sequences = self.sequences["forget"]
+        tokens = evaluate.answer_tokens(self.target, sequences)
+        return float(np.concatenate([evaluate.weigh(method, s, t, t) for s, t in zip(sequences, tokens, strict=True)]).mean())
 
     def run(self, method, lam, lr, seed, epochs, batch_size):
         """Unlearn from the target with train.py's own step; yields (epoch, measurements)."""
@@ -76,8 +77,9 @@ class World:
         for step in range(epochs * steps):
             rows = [(kind, forget[i], self.starting[i]) if kind == train.FORGET else (kind, retain[i], None)
                     for kind, i in train.step_rows(step, forget, retain, args)]
+            rate = train.learning_rate(step, epochs * steps, steps, lr)
             try:
-                train.train_step(decoder, optimizer, rows, train.learning_rate(step, epochs * steps, steps, lr), args, torch.float32)
+                train.train_step(decoder, optimizer, rows, rate, args, torch.float32)
             except FloatingPointError:
                 return
             if (step + 1) % (2 * steps) == 0:
@@ -98,9 +100,9 @@ def do_runs(args, wanted):
     wanted = [w for i, w in enumerate(wanted) if i % args.parts == args.part and tuple(w) not in done]
     for method, strength, lr, seed in tqdm(wanted, desc="runs"):
         lam = strength / means[method]
-        lines = [{"method": method, "strength": strength, "lambda": lam, "lr": lr, "seed": seed, "epoch": epoch} | found
-                 for epoch, found in world.run(method, lam, lr, seed, args.epochs, args.batch_size)]
-        lines = lines or [{"method": method, "strength": strength, "lambda": lam, "lr": lr, "seed": seed, "epoch": 0, "diverged": True}]
+        setting = {"method": method, "strength": strength, "lambda": lam, "lr": lr, "seed": seed}
+        runs = world.run(method, lam, lr, seed, args.epochs, args.batch_size)
+        lines = [setting | {"epoch": epoch} | found for epoch, found in runs] or [setting | {"epoch": 0, "diverged": True}]
         with open(args.out, "a") as out:
             out.writelines(json.dumps(line) + "\n" for line in lines)
 
@@ -130,11 +132,12 @@ def tables(args):
         mild = [r["-log10 FQ"] for r in own if loss_of(r) <= 5]
         best = min(good, key=loss_of) if good else None
         product = min((r["-log10 FQ"] * max(0, loss_of(r)) for r in good), default=None)
-        cells = [f"{loss_of(best):.2f}" if best else "–", f"{best['lambda']:.3g}, {best['lr']:g}, {best['epoch']}" if best else "–",
-                 f"{min(mild):.2f}" if mild else "–", "–" if product is None else f"{product:.2f}"]
+        cells = [f"{loss_of(best):.2f}", f"{best['lambda']:.3g}, {best['lr']:g}, {best['epoch']}"] if best else ["–", "–"]
+        cells += [f"{min(mild):.2f}" if mild else "–", "–" if product is None else f"{product:.2f}"]
         print(f"| {method} | " + " | ".join(cells) + " |")
     if seeds:
-        print("\n| method | −log10 FQ: median (least – most) | utility lost: median (least – most) | reached FQ ≥ 0.05 |\n|---|---|---|---|")
+        print("\n| method | −log10 FQ: median (least – most) | utility lost: median (least – most) | reached FQ ≥ 0.05 |")
+        print("|---|---|---|---|")
         for method in etw.WEIGHTINGS:
             pick = chosen(sweep, method)
             own = [r for r in seeds if r["method"] == method and r["epoch"] == pick["epoch"] and "forget quality" in r]
@@ -151,8 +154,9 @@ def plot(args):
     matplotlib.rcParams["svg.hashsalt"] = "etw"
     import matplotlib.pyplot as plt
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    records = [r for r in read(*args.files) if "forget quality" in r]
     for i, method in enumerate(etw.WEIGHTINGS):
-        points = sorted((max(0.0, loss_of(r)), r["-log10 FQ"]) for r in read(*args.files) if r["method"] == method and "forget quality" in r)
+        points = sorted((max(0.0, loss_of(r)), r["-log10 FQ"]) for r in records if r["method"] == method)
         best = np.minimum.accumulate([fq for _, fq in points])
         axes.step([x for x, _ in points], best, where="post", label=method, color=f"C{i}", linewidth=3 if method == "etw" else 1.5)
     axes.axhline(-np.log10(ENOUGH), color="grey", linestyle=":", linewidth=1)

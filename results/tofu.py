@@ -2,8 +2,8 @@
 
     python results/tofu.py TOFU_DIR runs/tofu
 
-reads forget10.jsonl and retain90.jsonl (github.com/locuslab/tofu) and writes runs/tofu/start and runs/tofu/retain.jsonl (60 authors of
-20 rows; TOFU's order). results/README.md has the commands that teach, retrain and unlearn from there.
+reads forget10.jsonl and retain90.jsonl (github.com/locuslab/tofu) and writes runs/tofu/start and runs/tofu/retain.jsonl
+(60 authors of 20 rows, in TOFU's order). results/README.md has the commands that teach, retrain and unlearn from there.
 """
 import json
 import sys
@@ -11,9 +11,9 @@ from pathlib import Path
 
 import tokenizers
 
-CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 4000, "hidden_size": 256, "intermediate_size": 704,
-          "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 8, "max_position_embeddings": 512,
-          "tie_word_embeddings": True, "eos_token_id": 0, "dtype": "float32"}
+CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 4000, "hidden_size": 256,
+          "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 8,
+          "max_position_embeddings": 512, "tie_word_embeddings": True, "eos_token_id": 0, "dtype": "float32"}
 
 
 def main(source, out, authors=60):
