@@ -32,6 +32,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 
+GROUP = 8  # rows that attend together on a CPU: sorted by length, they waste little on padding
+
+
 class InputError(ValueError):
     """The user's input is wrong. One line: which file or flag, what is wrong with it, what to do."""
 
@@ -219,6 +222,14 @@ class Rows:
         if lengths is not None:
             self.place = place = place[place % T < lengths.to(device).repeat_interleave(T)]  # (N,)
         self.row, self.position = place // T, place % T  # (N,), (N,)
+        self.groups = [(slice(None), self)]  # (slice of the N tokens, its rows): what attends together
+        if lengths is not None and device.type == "cpu" and B > GROUP:
+            sizes, start = lengths.tolist(), 0
+            self.groups = []
+            for some in (sizes[i:i + GROUP] for i in range(0, B, GROUP)):
+                rows = Rows(len(some), max(some), torch.tensor(some), device)
+                self.groups.append((slice(start, start + sum(some)), rows))
+                start += sum(some)
 
     def pack(self, x):
         """(B, T, ...) -> (N, ...)"""
@@ -279,10 +290,15 @@ class Attention(nn.Module):
             cache[rows.row, rows.position] = torch.stack((k, v), dim=1).to(cache.dtype)
         if cache is not None and rows.T == 1:
             return self.o_proj(self.look_back(q, cache, rows.position).flatten(1))
-        q, k, v = (rows.pad(t).transpose(1, 2) for t in (q, k, v))  # (B, H or K, T, E)
+        y = [self.attend(*(some.pad(t[tokens]) for t in (q, k, v)), some) for tokens, some in rows.groups]
+        return self.o_proj(y[0] if len(y) == 1 else torch.cat(y))  # (N, H * E) -> (N, D)
+
+    def attend(self, q, k, v, rows):
+        """q (B, T, H, E), k and v (B, T, K, E) -> (N, H * E): each token to those of its row up to itself."""
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H or K, T, E)
         shared = q.shape[1] != k.shape[1]
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=shared)
-        return self.o_proj(rows.pack(y.transpose(1, 2)).flatten(1))  # (B, H, T, E) -> (N, H * E) -> (N, D)
+        return rows.pack(y.transpose(1, 2)).flatten(1)
 
     def look_back(self, q, cache, position):
         """One new token a row: q (B, H, E) attends to the cached places up to its own -> (B, H, E)."""
