@@ -57,7 +57,7 @@ def parse_args(argv=None):
     g.add_argument("--temperature", type=number(above=0), default=1.0, help="T of the entropy's softmax(z/T)")
     g.add_argument("--beta", type=number(least=0), nargs="+", help="β of wga, tnpo, npo, imp (one), satimp (two numbers)")
     g = p.add_argument_group("optimisation")
-    g.add_argument("--epochs", type=number(int, least=1), default=12, help="passes through the forget set (retain, if taught)")
+    g.add_argument("--epochs", type=number(int, least=1), default=20, help="passes through the forget set (retain, if taught)")
     g.add_argument("--batch-size", type=number(int, least=1), default=16, help="forget rows a step, and as many retain rows")
     g.add_argument("--micro-batch-size", type=number(int, least=1), help="rows of both kinds in memory at once; all unless given")
     g.add_argument("--lr", type=number(above=0), default=3e-4, help="peak learning rate")
@@ -324,7 +324,7 @@ def run(args):
     sample = {name: rows[::-(-len(rows) // args.measure_rows)] for name, rows in sets.items()}  # evenly spaced
     shown = {name: [rows[i * len(rows) // 3] for i in range(min(3, len(rows)))] for name, rows in sample.items() if name != "facts"}
 
-    def scores(decoder, most=None, reference=None):
+    def scores(decoder, most=None):
         some = {name: rows if name == "forget" else rows[::-(-len(rows) // (most or len(rows)))] for name, rows in sample.items()}
         return {name: evaluate.score(decoder, tokenizer, rows, max_length, dtype, options=name == "facts", text=False,
                                      wrong=name == "facts" or (name == "forget" and bool(ratios)))
@@ -400,12 +400,16 @@ def check_flags(args):
 def describe(args, files):
     """What args.json holds: the flags, versions, the data's SHA-256 and the git commit of the code."""
     flags = {"lambda" if k == "lam" else k: v for k, v in vars(args).items() if k not in ("resume", "overwrite", "out")}
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    try:
+        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+        commit = git.stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # no git, or not a checkout
+        commit = None
     return flags | {
         "command": shlex.join(sys.argv),
         "data_sha256": {path: hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in files},
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "git_commit": git.stdout.strip() or None,
+        "git_commit": commit,
     }
 
 
@@ -452,7 +456,7 @@ def begin(out, identity, args):
 
 
 def main(argv=None):
-    """Run the command line; returns the exit code: 0 done, 1 diverged, 2 wrong input, 130 interrupted."""
+    """Run the command line; returns the exit code: 0 done, 1 stopped by itself, 2 wrong input, 130 interrupted."""
     try:
         run(parse_args(argv))
     except InputError as e:
@@ -461,11 +465,18 @@ def main(argv=None):
     except Stopped as e:
         print(f"train.py: {e.args[0]}", file=sys.stderr)
         return e.args[1]
+    except torch.OutOfMemoryError:
+        print("train.py: out of GPU memory; lower --micro-batch-size or add --gradient-checkpointing", file=sys.stderr)
+        return 1
+    except OSError as e:
+        print(f"train.py: {e}; the last checkpoint is kept, --resume goes on from it", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
-        print("train.py: interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
+        print("train.py: interrupted; --resume goes on from the last checkpoint, if there was one", file=sys.stderr)
         return 130
     return 0
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # outside the loop, too, it is an interrupt
     sys.exit(main())

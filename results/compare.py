@@ -1,13 +1,14 @@
 """Every weighting under the same budget: a sweep, tables of it, and the trade-off curves.
 
-    python results/compare.py sweep --seed 0 --out results/sweep.jsonl       all methods x λ x learning rate, each epoch measured
-    python results/compare.py repeat results/sweep.jsonl --seeds 1 2 3 4 --out results/seeds.jsonl      the chosen settings again
-    python results/compare.py tables results/sweep.jsonl results/seeds.jsonl
-    python results/compare.py plot results/sweep.jsonl --out results/tradeoff.svg                       needs matplotlib
+    python results/compare.py sweep                      five λ for every method, measured every fourth epoch
+    python results/compare.py refine                     around each method's best: λ × and ÷ √10, two more learning rates
+    python results/compare.py repeat --seeds 1 2 3       each method's best setting with other seeds
+    python results/compare.py tables
+    python results/compare.py plot                       results/tradeoff.svg; needs matplotlib
 
-The mean weight at the start differs by orders of magnitude between methods (imp 0.0005, wga 1), so the grid is laid over
-s = λ · mean ω at the start, with the same span for each. A line of the output is one epoch of one run. Finished runs are
-skipped, so a sweep that was stopped goes on.
+All read and write results/sweep.jsonl (seed 0) and results/seeds.jsonl; a line is one epoch of one run, finished runs are
+skipped, so what was stopped goes on. The mean weight at the start differs by orders of magnitude between methods (imp
+0.0005, wga 1), so the grid is laid over s = λ · mean ω at the start, with the same span for each.
 """
 import argparse
 import copy
@@ -27,8 +28,8 @@ import evaluate
 import model
 import train
 
-STRENGTHS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # s = λ · mean ω at the start
-RATES = (3e-4, 1e-3)
+STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # s = λ · mean ω at the start
+RATE = 3e-4
 ENOUGH = 0.05  # forget quality from which a model counts as one that forgot
 
 
@@ -66,7 +67,7 @@ class World:
         tokens = evaluate.answer_tokens(self.target, sequences)
         return float(np.concatenate([evaluate.weigh(method, s, t, t) for s, t in zip(sequences, tokens, strict=True)]).mean())
 
-    def run(self, method, lam, lr, seed, epochs, batch_size):
+    def run(self, method, lam, lr, seed, epochs, batch_size, every):
         """Unlearn from the target with train.py's own step; yields (epoch, measurements)."""
         args = Namespace(method=method, lam=lam, beta=None, temperature=1.0, batch_size=batch_size, micro_batch_size=None, lr=lr,
                          weight_decay=train.parse_args([]).weight_decay, clip=train.parse_args([]).clip, seed=seed)
@@ -82,17 +83,20 @@ class World:
                 train.train_step(decoder, optimizer, rows, rate, args, torch.float32)
             except FloatingPointError:
                 return
-            if (step + 1) % (2 * steps) == 0:
+            if (step + 1) % (every * steps) == 0:
                 yield (step + 1) // steps, self.measure(decoder)
 
 
-def settings(methods):
-    return [(method, strength, lr) for strength in STRENGTHS for lr in RATES for method in methods]
+def around(record):
+    """Four settings beside the best of the sweep."""
+    method, strength = record["method"], record["strength"]
+    stronger, weaker = ((method, strength * 10**power, RATE) for power in (0.5, -0.5))
+    return [stronger, weaker, (method, strength, 1e-3), (method, strength, 1e-4)]
 
 
-def do_runs(args, wanted):
-    """Append the epochs of each wanted (method, strength, lr, seed) to --out, skipping those already there."""
-    done = {(r["method"], r["strength"], r["lr"], r["seed"]) for r in read(args.out)} if Path(args.out).exists() else set()
+def do_runs(args, wanted, out):
+    """Append the measured epochs of each wanted (method, strength, lr, seed) to a file, skipping the runs already there."""
+    done = {(r["method"], r["strength"], r["lr"], r["seed"]) for r in read(out)}
     torch.set_num_threads(args.threads)
     world = World(args)
     means = {method: world.mean_weight(method) for method in etw.WEIGHTINGS}
@@ -101,14 +105,14 @@ def do_runs(args, wanted):
     for method, strength, lr, seed in tqdm(wanted, desc="runs"):
         lam = strength / means[method]
         setting = {"method": method, "strength": strength, "lambda": lam, "lr": lr, "seed": seed}
-        runs = world.run(method, lam, lr, seed, args.epochs, args.batch_size)
+        runs = world.run(method, lam, lr, seed, args.epochs, args.batch_size, args.every)
         lines = [setting | {"epoch": epoch} | found for epoch, found in runs] or [setting | {"epoch": 0, "diverged": True}]
-        with open(args.out, "a") as out:
-            out.writelines(json.dumps(line) + "\n" for line in lines)
+        with open(out, "a") as file:
+            file.writelines(json.dumps(line) + "\n" for line in lines)
 
 
 def read(*paths):
-    return [json.loads(line) for path in paths for line in Path(path).read_text().splitlines()]
+    return [json.loads(line) for path in map(Path, paths) if path.exists() for line in path.read_text().splitlines()]
 
 
 def loss_of(record):
@@ -123,8 +127,9 @@ def chosen(records, method):
 
 
 def tables(args):
-    sweep, seeds = read(args.files[0]), read(*args.files[1:])
-    print(f"| method | least utility lost with FQ ≥ {ENOUGH} | λ, lr, epoch | best −log10 FQ with ≤ 5 points lost | paper's product |")
+    sweep, seeds = read(args.sweep), read(args.repeats)
+    print(f"| method | least utility lost with FQ ≥ {ENOUGH} | λ, lr, epoch | best −log10 FQ with ≤ 5 points lost "
+          "| paper's product |")
     print("|---|---|---|---|---|")
     for method in etw.WEIGHTINGS:
         own = [r for r in sweep if r["method"] == method and "forget quality" in r]
@@ -154,7 +159,7 @@ def plot(args):
     matplotlib.rcParams["svg.hashsalt"] = "etw"
     import matplotlib.pyplot as plt
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    records = [r for r in read(*args.files) if "forget quality" in r]
+    records = [r for r in read(args.sweep) if "forget quality" in r]
     for i, method in enumerate(etw.WEIGHTINGS):
         points = sorted((max(0.0, loss_of(r)), r["-log10 FQ"]) for r in records if r["method"] == method)
         best = np.minimum.accumulate([fq for _, fq in points])
@@ -163,19 +168,20 @@ def plot(args):
     axes.text(30, -np.log10(ENOUGH), "forgotten below this line: p ≥ 0.05", color="grey", va="bottom", ha="right", fontsize=8)
     axes.set(xlim=(0, 30), ylim=(0, None), xlabel="model utility lost, points", ylabel="best −log10 forget quality so far")
     axes.legend(fontsize=8)
-    figure.savefig(args.out, metadata={"Date": None})
+    figure.savefig(args.plot, metadata={"Date": None})
 
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("task", choices=("sweep", "repeat", "tables", "plot"))
-    p.add_argument("files", nargs="*")
-    p.add_argument("--out")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4])
-    p.add_argument("--epochs", type=int, default=12)
+    p.add_argument("task", choices=("sweep", "refine", "repeat", "tables", "plot"))
+    p.add_argument("--sweep", default="results/sweep.jsonl")
+    p.add_argument("--repeats", default="results/seeds.jsonl")
+    p.add_argument("--plot", default="results/tradeoff.svg")
+    p.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    p.add_argument("--epochs", type=int, default=20)
+    p.add_argument("--every", type=int, default=4, help="epochs between measurements")
     p.add_argument("--batch-size", type=int, default=16)
-    p.add_argument("--rows", type=int, default=60, help="rows of each utility set that an epoch measures")
+    p.add_argument("--rows", type=int, default=50, help="rows of each utility set that an epoch measures")
     p.add_argument("--methods", nargs="+", default=list(etw.WEIGHTINGS))
     p.add_argument("--part", type=int, default=0, help="with --parts: run every so many-th setting, to share a sweep out")
     p.add_argument("--parts", type=int, default=1)
@@ -188,12 +194,13 @@ def main(argv=None):
     p.add_argument("--facts", nargs="+", default=["data/facts.jsonl"])
     p.add_argument("--template", default="plain")
     args = p.parse_args(argv)
+    picks = [chosen(read(args.sweep), m) for m in args.methods] if args.task in ("refine", "repeat") else []
     if args.task == "sweep":
-        do_runs(args, [(*s, args.seed) for s in settings(args.methods)])
+        do_runs(args, [(method, s, RATE, 0) for s in STRENGTHS for method in args.methods], args.sweep)
+    elif args.task == "refine":
+        do_runs(args, [(*setting, 0) for beside in zip(*map(around, picks), strict=True) for setting in beside], args.sweep)
     elif args.task == "repeat":
-        sweep = read(*args.files)
-        picks = [chosen(sweep, m) for m in args.methods]
-        do_runs(args, [(r["method"], r["strength"], r["lr"], seed) for seed in args.seeds for r in picks])
+        do_runs(args, [(r["method"], r["strength"], r["lr"], seed) for seed in args.seeds for r in picks], args.repeats)
     else:
         {"tables": tables, "plot": plot}[args.task](args)
 
