@@ -166,7 +166,10 @@ def lean_loss(hidden, head, targets, lengths, coefficients, temperature=1.0, chu
     of answer tokens of each sequence; coefficients(rows, logprobs, entropy, mask) -> c, where rows is the slice of
     sequences in the chunk and the rest is (b, t), right-padded. temperature as in token_stats; chunk in tokens.
     Returns (loss, logprobs (N,), entropy (N,)): the loss with gradient to hidden and head, the others without.
+    ValueError if there is no answer token or the lengths do not add up to N.
     """
+    if not 0 < len(hidden) == sum(lengths):
+        raise ValueError(f"{len(hidden)} hidden states for sequences of {sum(lengths)} answer tokens in all")
     return _LeanLoss.apply(hidden, head, targets, lengths, coefficients, temperature, chunk)
 
 

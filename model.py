@@ -31,7 +31,6 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-
 GROUP = 8  # rows that attend together on a CPU: sorted by length, they waste little on padding
 
 

@@ -106,7 +106,6 @@ def accumulate(decoder, rows, counts, args, dtype):
     batch = data.collate([s for _, s, _ in rows], device)
     forget = torch.tensor([stream == FORGET for stream, _, _ in rows], device=device)
     lengths = [len(s.tokens) - s.start for _, s, _ in rows]
-    beta = args.beta[0] if args.beta and len(args.beta) == 1 else args.beta
     weights = []
 
     def coefficients(chunk, logprobs, entropy, mask):
@@ -117,7 +116,7 @@ def accumulate(decoder, rows, counts, args, dtype):
         if args.method in ("tnpo", "npo"):
             reference = pad_sequence([torch.zeros(1) if r is None else r for *_, r in some], batch_first=True)
         spans, reference = (None if t is None else resized(t, mask) for t in (spans, reference))
-        w = etw.WEIGHTINGS[args.method](logprobs, entropy, mask, reference=reference, spans=spans, beta=beta)
+        w = etw.WEIGHTINGS[args.method](logprobs, entropy, mask, reference=reference, spans=spans, beta=beta_of(args))
         weights.append(w[mask])
         return torch.where(forget[chunk, None], args.lam * w / max(1, counts[FORGET]), -1 / max(1, counts[RETAIN]))
 
@@ -288,21 +287,13 @@ def peak_memory(decoder):
 
 def run(args):
     check_flags(args)
-    paths = {"forget": [args.forget] if args.forget else [], "retain": args.retain, "facts": [args.facts]}
-    sets = {name: [row for path in some for row in data.read_jsonl(path)] for name, some in paths.items() if some}
+    sets, files = read_sets(args)
     forget = sets.get("forget", [])
-    if args.method == "spans":
-        for example in forget:
-            if not example.spans:
-                raise InputError(f"{example.where}: --method spans needs `spans` in every forget row: add them")
-    same_rows = {(e.question, e.answer, e.text) for e in sets["retain"]}
-    shared = [e.where for e in forget if (e.question, e.answer, e.text) in same_rows]
     device, dtype = evaluate.pick_device(args.device, args.dtype)
     reference = args.reference
     if reference is None and forget and not args.from_scratch and evaluate.same(args.model, "weights/target"):
         reference = "weights/retain"
-    identity = describe(args, [path for some in paths.values() for path in some])
-    out = choose_out(args)
+    identity, out = describe(args, files), choose_out(args)
     if claim(out, identity, args) == "finished":
         print(f"{out}: this run is finished; there is nothing to resume")
         return
@@ -312,68 +303,91 @@ def run(args):
     max_length = args.max_length or min(tokenizer.room, 1024)
     if max_length > tokenizer.room:
         raise InputError(f"--max-length {max_length}: the model's context is {tokenizer.room} tokens: give at most that")
-    sequences = {}
-    for name in ("forget", "retain"):
-        sequences[name], cut = data.encode(sets.get(name, []), tokenizer, max_length)
-        if cut:
-            print(f"{cut} {name} answers are cut at {max_length} tokens (--max-length)", file=sys.stderr)
-    if shared:
-        print(f"{len(shared)} forget rows also stand in the retain set, which pulls them both ways: {', '.join(shared[:5])}"
-              + " ..." * (len(shared) > 5), file=sys.stderr)
+    encoded = {name: data.encode(sets.get(name, []), tokenizer, max_length) for name in ("forget", "retain")}
+    sequences = {name: found for name, (found, _) in encoded.items()}
+    retrained = reference and evaluate.open_model(reference, device, args.template)
+    for line in remarks(sets, {name: cut for name, (_, cut) in encoded.items()}, max_length):
+        print(line, file=sys.stderr)  # not before everything that can be refused has been
 
-    sample = {name: rows[::-(-len(rows) // args.measure_rows)] for name, rows in sets.items()}  # evenly spaced
+    sample = {name: thin(rows, args.measure_rows) for name, rows in sets.items()}
     shown = {name: [rows[i * len(rows) // 3] for i in range(min(3, len(rows)))] for name, rows in sample.items() if name != "facts"}
-
-    def scores(decoder, most=None):
-        some = {name: rows if name == "forget" else rows[::-(-len(rows) // (most or len(rows)))] for name, rows in sample.items()}
-        return {name: evaluate.score(decoder, tokenizer, rows, max_length, dtype, options=name == "facts", text=False,
-                                     wrong=name == "facts" or (name == "forget" and bool(ratios)))
-                for name, rows in some.items()}
-
-    def measure(scores):
-        found = {f"{name} probability": evaluate.average(s["probability"]) for name, s in scores.items()}
-        if ratios:
-            found["forget quality"] = float(evaluate.forget_quality(
-                [r for r in scores["forget"]["truth_ratio"] if r is not None], ratios))
-        return found
-
-    ratios = []  # truth ratios of the retain model on the forget set
+    ratios = []  # truth ratios of the retrained model on the forget set
     if reference:
-        retrained, its_tokenizer = evaluate.open_model(reference, device, args.template)
-        found = evaluate.score(retrained, its_tokenizer, sample["forget"], max_length, dtype, text=False, bar="reference")
+        found = evaluate.score(*retrained, sample["forget"], max_length, dtype, text=False, bar="reference")
         ratios = [r for r in found["truth_ratio"] if r is not None]
-        del retrained
-    first = scores(decoder)
-    before = measure(first)
-    answered = {name: evaluate.answers(decoder, tokenizer, rows) for name, rows in shown.items()}
+        retrained = None
+
+    def measure(decoder, most=None):
+        """({column: number}, scores of the forget set); of the utility sets at most so many rows."""
+        scores = {name: evaluate.score(decoder, tokenizer, rows if name == "forget" or not most else thin(rows, most), max_length,
+                                       dtype, options=name == "facts", text=False, wrong=name == "facts" or (name == "forget" and bool(ratios)))
+                  for name, rows in sample.items()}
+        numbers = {f"{name} probability": evaluate.average(s["probability"]) for name, s in scores.items()}
+        own = [r for r in scores["forget"]["truth_ratio"] if r is not None] if ratios else []
+        if own:
+            numbers["forget quality"] = float(evaluate.forget_quality(own, ratios))
+        return numbers, scores.get("forget")
+
+    before, looked = measure(decoder)
+    answered = {name: evaluate.answers(decoder, tokenizer, rows, dtype) for name, rows in shown.items()}
     starting = [None] * len(sequences["forget"])
     if args.method in ("tnpo", "npo"):  # computed once: no reference model stays in memory
         found = evaluate.answer_tokens(decoder, sequences["forget"], dtype, bar="starting log p")
         starting = [torch.from_numpy(numbers[0]).float() for numbers in found]
 
     begin(out, identity, args)
-    damage = train(decoder, sequences, starting, out, args, dtype, lambda d: measure(scores(d, most=100)))
+    damage = train(decoder, sequences, starting, out, args, dtype, lambda decoder: measure(decoder, most=100)[0])
     model.save(decoder, out)
     decoder = None  # two models need not fit
     gc.collect()
     decoder = model.load(out, device)  # as it was written
-    after = measure(scores(decoder))
+    after, _ = measure(decoder)
     evaluate.write(out / "result.json", json.dumps({"before": before, "after": after}, indent=1) + "\n")
     print(report(before, after, damage))
     for name, rows in shown.items():
-        now = evaluate.answers(decoder, tokenizer, rows)
-        for example, was, new in zip(rows, answered[name], now, strict=True):
+        for example, was, new in zip(rows, answered[name], evaluate.answers(decoder, tokenizer, rows, dtype), strict=True):
             if example.text is None:
                 lines = f"{name}: {example.question}", f"  before  {was}", f"  after   {new}"
                 print("", *map(evaluate.printable, lines), sep="\n")
     if forget:
         print(f"\nWhat --method {args.method} looks at in two forget answers, before the first step:")
-        beta = args.beta[0] if args.beta and len(args.beta) == 1 else args.beta
-        for s, tokens in first["forget"]["tokens"][:2]:
-            weights = evaluate.weigh(args.method, s, tokens, tokens, beta)
+        for s, tokens in looked["tokens"][:2]:
+            weights = evaluate.weigh(args.method, s, tokens, tokens, beta_of(args))
             print(evaluate.terminal_heat(evaluate.pieces(tokenizer, s.tokens[s.start:]), weights, sys.stdout.isatty()))
     print(f"\nWritten to {out}; ask it: python evaluate.py {out} --ask 'QUESTION'")
     (out / "checkpoint.pt").unlink(missing_ok=True)  # weights without a checkpoint beside them: the run is finished
+
+
+def read_sets(args):
+    """({"forget", "retain", "facts": Examples}, the files they came from)."""
+    files = {"forget": [args.forget] if args.forget else [], "retain": args.retain, "facts": [args.facts]}
+    sets = {name: [row for path in some for row in data.read_jsonl(path)] for name, some in files.items() if some}
+    for example in sets.get("forget", []) if args.method == "spans" else []:
+        if not example.spans:
+            raise InputError(f"{example.where}: --method spans needs `spans` in every forget row: add them")
+    return sets, [path for some in files.values() for path in some]
+
+
+def remarks(sets, cut, max_length):
+    """What is not wrong but should be known, a line each."""
+    for name, count in cut.items():
+        if count:
+            yield f"{count} {name} answers are cut at {max_length} tokens (--max-length)"
+    kept = {(e.question, e.answer, e.text) for e in sets["retain"]}
+    shared = [e.where for e in sets.get("forget", []) if (e.question, e.answer, e.text) in kept]
+    if shared:
+        yield (f"{len(shared)} forget rows also stand in the retain set, which pulls them both ways: {', '.join(shared[:5])}"
+               + " ..." * (len(shared) > 5))
+
+
+def thin(rows, most):
+    """At most so many of the rows, evenly spaced."""
+    return rows[::-(-len(rows) // most)]
+
+
+def beta_of(args):
+    """--beta as the weightings take it: None, a number, or the two of satimp."""
+    return args.beta[0] if args.beta and len(args.beta) == 1 else args.beta
 
 
 def report(before, after, damage):
