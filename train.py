@@ -319,9 +319,11 @@ def run(args):
 
     def measure(decoder, most=None):
         """({column: number}, scores of the forget set); of the utility sets at most so many rows."""
-        scores = {name: evaluate.score(decoder, tokenizer, rows if name == "forget" or not most else thin(rows, most), max_length,
-                                       dtype, options=name == "facts", text=False, wrong=name == "facts" or (name == "forget" and bool(ratios)))
-                  for name, rows in sample.items()}
+        scores = {}
+        for name, rows in sample.items():
+            rows = thin(rows, most) if most and name != "forget" else rows
+            scores[name] = evaluate.score(decoder, tokenizer, rows, max_length, dtype, options=name == "facts", text=False,
+                                          wrong=name == "facts" or (name == "forget" and bool(ratios)))
         numbers = {f"{name} probability": evaluate.average(s["probability"]) for name, s in scores.items()}
         own = [r for r in scores["forget"]["truth_ratio"] if r is not None] if ratios else []
         if own:
