@@ -49,6 +49,8 @@ def read_jsonl(path):
     InputError names the file and line, what is wrong and what to do.
     """
     path = Path(path)
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise InputError(f"{path}: not a regular file: save the rows to one")  # a pipe or device could be read only once
     try:
         content = path.read_bytes().decode("utf-8-sig")
     except OSError as e:
@@ -112,6 +114,13 @@ def _encodable(string):
     return not any("\ud800" <= c <= "\udfff" for c in string)
 
 
+def read_text(string, where):
+    """A string from the command line as it is; InputError if it is blank or not Unicode."""
+    if not string.strip() or not _encodable(string):
+        raise InputError(f"{where}: must be text, not blank, in the terminal's encoding")
+    return string
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Tokens
 
@@ -119,8 +128,7 @@ def _encodable(string):
 class Tokenizer:
     """tokenizer.json of a model directory with its begin and end tokens.
 
-    begin: ids the tokenizer itself puts in front (often none or one); end_id: the end token of `template`;
-    room: the model's context in tokens. InputError where a file or the end token is missing or does not fit the model.
+    begin: ids the tokenizer itself puts in front (often none or one); end_id: the end token of `template`. InputError where a file or the end token is missing or does not fit the model.
     """
 
     def __init__(self, path, template="plain"):
@@ -129,13 +137,13 @@ class Tokenizer:
             raise InputError(f"{path}: no tokenizer.json: copy the model's tokenizer.json there")
         try:
             self.library = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
+            self.begin = self._begin()
         except Exception as e:  # the library raises plain Exception
             raise InputError(f"{path / 'tokenizer.json'}: not a tokenizer ({str(e).splitlines()[0]})") from None
         self.library.no_padding()
         self.library.no_truncation()
         config, settings = (read_json(path / name) for name in ("config.json", "tokenizer_config.json"))
         self.template = TEMPLATES[template]
-        self.begin = self._begin()
         self.vocab_size = 1 + max(self.library.get_vocab().values(), default=-1)
         vocab_size = config.get("vocab_size", self.vocab_size)
         if self.vocab_size > vocab_size:
@@ -144,7 +152,6 @@ class Tokenizer:
         self.end_id = self._end(config, settings, path)
         if not 0 <= self.end_id < vocab_size:
             raise InputError(f"{path / 'config.json'}: eos_token_id {self.end_id} is not one of {vocab_size} tokens: correct it")
-        self.room = config.get("max_position_embeddings") or config.get("n_positions") or 1024
 
     def _begin(self):
         encoding = self.library.encode("a", add_special_tokens=True)
@@ -170,7 +177,10 @@ class Tokenizer:
 
     def encode(self, string, begin=False):
         """ids and [start, end) character offsets of a string, with nothing added but, if asked, the begin ids."""
-        encoding = self.library.encode(string, add_special_tokens=False)
+        try:
+            encoding = self.library.encode(string, add_special_tokens=False)
+        except Exception as e:  # the library's own: a character that no token covers
+            raise InputError(f"{string[:40]!r}: cannot be tokenised ({str(e)[:80]}): use another tokenizer") from None
         front = self.begin if begin and encoding.ids[:len(self.begin)] != self.begin else []  # no second begin token
         return front + encoding.ids, [(0, 0)] * len(front) + encoding.offsets
 
@@ -178,14 +188,14 @@ class Tokenizer:
         return self.library.decode(list(ids), skip_special_tokens=True)
 
 
-def read_json(path):
-    """The JSON object in a model folder's file, {} if there is none; InputError if it is not JSON."""
+def read_json(path, advice="copy the model's own file again"):
+    """The JSON object in a model folder's file, {} if there is none; InputError, with advice, if it is not JSON."""
     try:
         value = json.loads(path.read_text("utf-8"))
     except OSError:
         return {}
     except (ValueError, RecursionError):
-        raise InputError(f"{path}: not JSON: copy the model's own file again") from None
+        raise InputError(f"{path}: not JSON: {advice}") from None
     return value if isinstance(value, dict) else {}
 
 
@@ -261,6 +271,11 @@ class Batch(NamedTuple):
     mask: torch.Tensor
     lengths: torch.Tensor
     spans: torch.Tensor
+
+    def answers(self, hidden):
+        """Of packed hidden states (Σ lengths, D), as Decoder.hidden gives them, those that predict answer tokens: (N, D)."""
+        valid = torch.arange(self.mask.shape[1], device=self.mask.device) < self.lengths[:, None]
+        return hidden[self.mask[valid]]
 
 
 def collate(sequences, device="cpu"):

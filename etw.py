@@ -145,7 +145,8 @@ def forget_loss(logprobs, weights, mask):
     logprobs, weights, mask (B, T). Returns a scalar, unbounded below. ValueError if the mask is empty.
     """
     _check(mask, logprobs, weights)
-    return (weights.detach() * torch.where(mask, logprobs, 0)).sum() / mask.sum()
+    weights = weights.detach()  # where ω is zero, log p may be −∞
+    return (weights * torch.where(mask & (weights != 0), logprobs, 0)).sum() / mask.sum()
 
 
 def retain_loss(logprobs, mask):

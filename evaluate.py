@@ -103,7 +103,7 @@ def precision(device, dtype):
     return torch.autocast(torch.device(device).type, dtype) if dtype == torch.bfloat16 else contextlib.nullcontext()
 
 
-def answer_tokens(decoder, sequences, dtype=torch.float32, hits=False, budget=None, bar=None):
+def answer_tokens(decoder, sequences, dtype=torch.float32, hits=False, temperature=1.0, budget=None, bar=None):
     """For each Sequence a float64 array (2 or 3, n) over its answer tokens: log p, entropy and, with hits, argmax correct.
 
     Batches are of similar length and of at most `budget` padded tokens, logits of an eighth of that exist at a time."""
@@ -119,11 +119,10 @@ def answer_tokens(decoder, sequences, dtype=torch.float32, hits=False, budget=No
     with torch.inference_mode(), precision(device, dtype), progress:
         for indices in filter(None, batches):
             batch = data.collate([sequences[i] for i in indices], device)
-            valid = torch.arange(batch.mask.shape[1], device=device) < batch.lengths[:, None]
-            hidden = decoder.hidden(batch.inputs, batch.lengths)[batch.mask[valid]]
+            hidden = batch.answers(decoder.hidden(batch.inputs, batch.lengths))
             columns, chunk = [], max(1, budget // 8)
             for h, t in zip(hidden.split(chunk), batch.targets[batch.mask].split(chunk), strict=True):
-                numbers = etw.token_stats(h, decoder.head, t)
+                numbers = etw.token_stats(h, decoder.head, t, temperature)
                 columns.append(torch.stack([*numbers, (h @ decoder.head.T).argmax(-1) == t] if hits else numbers))
             columns = torch.cat(columns, 1).double().cpu().numpy()
             ends = np.cumsum([len(sequences[i].tokens) - sequences[i].start for i in indices])[:-1]
@@ -147,14 +146,15 @@ def answers(decoder, tokenizer, examples, dtype=torch.float32, bar=None, batch=6
     return texts
 
 
-def score(decoder, tokenizer, examples, max_length=None, dtype=torch.float32, options=False, wrong=True, text=True, bar=None):
+def score(decoder, tokenizer, examples, max_length=None, dtype=torch.float32, options=False, wrong=True, text=True,
+          temperature=1.0, bar=None):
     """Every per-row number of one data set: a dict of lists, one entry a row, None where the row does not allow it.
 
     nll, memorised, extraction, min_k; probability (with `options`, among the wrong answers); truth_ratio (if `wrong`);
     answer and rouge (if `text`: the model generates). Beside them `tokens`: (Sequence, array of answer_tokens) for each
     answer, several for a text row in windows; and `cut`: how many answers did not fit.
     """
-    n, max_length = len(examples), max_length or tokenizer.room
+    n, max_length = len(examples), max_length or decoder.config.max_position_embeddings
     spellings = [[e.answer for e in examples]]  # kind 0: the answer (or text), 1: its paraphrase, 2 and up: the wrong ones
     if wrong:
         spellings += [[e.paraphrased_answer for e in examples], *zip_longest(*(e.perturbed_answer for e in examples))]
@@ -167,7 +167,7 @@ def score(decoder, tokenizer, examples, max_length=None, dtype=torch.float32, op
         kinds += [kind] * len(encoded)
         cut += some
     own = kinds.count(0)
-    numbers = answer_tokens(decoder, sequences[:own], dtype, hits=True, bar=bar)
+    numbers = answer_tokens(decoder, sequences[:own], dtype, hits=True, temperature=temperature, bar=bar)
     numbers += answer_tokens(decoder, sequences[own:], dtype, bar=bar)
 
     whole, content, paraphrased, wrongs = ([[] for _ in range(n)] for _ in range(4))
@@ -421,6 +421,8 @@ def number(kind=float, above=None, least=None, most=None):
 
 def pick_device(name, dtype):
     """(device, autocast dtype) for --device and --dtype: `auto` takes a GPU if there is one and bfloat16 if that has it."""
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", name):
+        raise InputError(f"--device {name}: unknown; use auto, cpu, cuda, cuda:1 or mps")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -456,14 +458,8 @@ def round_weights(decoder, bits):
 
 
 def write(path, text):
-    """Write a text file aside and rename it, so that it is there whole or not at all."""
-    aside = Path(f"{path}.tmp")
-    try:
-        aside.write_text(text, "utf-8")
-        aside.replace(path)
-    except OSError as e:
-        aside.unlink(missing_ok=True)
-        raise InputError(f"{path}: cannot be written ({e.strerror}): name another file") from None
+    """Write a text file whole or not at all."""
+    model.write_aside(Path(path), lambda aside: aside.write_text(text, "utf-8"))
 
 
 def plain(value):
@@ -489,7 +485,8 @@ def parse_args(argv=None):
                    help="further utility sets, with wrong answers as options")
     p.add_argument("--holdout", metavar="FILE", help="rows like the forget set that were never taught, for membership "
                    "inference; data/holdout.jsonl if the forget set is the bundled one")
-    p.add_argument("--template", choices=data.TEMPLATES, default="plain", help="how a question is put to the model")
+    p.add_argument("--template", choices=data.TEMPLATES, help="how a question is put to the model (default: the run's own, "
+                   "else plain)")
     p.add_argument("--json", metavar="FILE", help="write the measurements, with per-row values")
     p.add_argument("--heatmap", metavar="FILE.svg", nargs="?", const="heatmap.svg", help="draw the token weights of the first "
                    "MODEL on forget answers and print what its entropy knows")
@@ -502,15 +499,22 @@ def parse_args(argv=None):
 
 def run(args):
     device, dtype = pick_device(args.device, args.dtype)
+    made = data.read_json(Path(args.models[0]) / "args.json")  # what train.py was told, if it made this model
+    made = {k: v for k, v in made.items() if isinstance(v, str) and v and k in ("model", "template")} | {
+        "taught": made.get("forget") is None and "forget" in made}
+    args.template = args.template or made.get("template", "plain")
+    if args.template not in data.TEMPLATES:
+        raise InputError(f"{args.models[0]}/args.json: unknown template {args.template!r}: give --template")
     if args.ask is not None:
+        data.read_text(args.ask, "--ask")
         for path in args.models:
             decoder, tokenizer = open_model(path, device, args.template)
             print(f"{path}: {printable(answers(decoder, tokenizer, [data.Example(args.ask)], dtype)[0])}")
         return
-    made = data.read_json(Path(args.models[0]) / "args.json")  # a taught model started from nothing worth measuring
-    target = args.target or (None if made.get("from_scratch") else made.get("model")) or "weights/target"
+    bundled = same(args.forget, "data/forget.jsonl")
+    target = args.target or (None if made["taught"] else made.get("model")) or ("weights/target" if bundled else args.models[0])
     reference = args.reference or ("weights/retain" if same(target, "weights/target") else None)
-    holdout = args.holdout or ("data/holdout.jsonl" if same(args.forget, "data/forget.jsonl") else None)
+    holdout = args.holdout or ("data/holdout.jsonl" if bundled else None)
     options = [Path(f).stem for f in args.facts]
     if len({"forget", "retain", "holdout", *options}) < 3 + len(options):
         raise InputError(f"--facts: {', '.join(options)}: each utility set needs a file name of its own: rename one")
@@ -524,7 +528,7 @@ def run(args):
     for path in [target, *args.models, *filter(None, [reference])]:
         folders[path] = model.resolve(path).resolve()
         names.setdefault(folders[path], path)
-        model.read_config(folders[path])  # what is wrong with any of them is said before the first is measured
+        model.check(folders[path])  # what is wrong with any of them is said before the first is measured
         data.Tokenizer(folders[path], args.template)
     target, first, reference = (path and names[folders[path]] for path in (target, args.models[0], reference))
     paths = [path for path in names.values() if path != reference] + [reference] * bool(reference)
@@ -562,17 +566,28 @@ def heat_blocks(scores, tokenizer, count=3, methods=("etw", "wga", "imp", "satim
              {name: weigh(name, s, t)[:60] for name in methods if name != "spans" or s.informative is not None}) for s, t in rows]
 
 
+def forgiving_streams():
+    """A terminal that lacks a character gets a question mark instead of an exception."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+
 def same(path, other):
-    return Path(path).resolve() == Path(other).resolve()
+    return os.path.realpath(path) == os.path.realpath(other)
 
 
 def main(argv=None):
     """Run the command line; returns the exit code: 0, or 2 with one line on stderr if the input is wrong."""
+    forgiving_streams()
     try:
         run(parse_args(argv))
     except InputError as e:
-        print(f"evaluate.py: {e}", file=sys.stderr)
+        print(printable(f"evaluate.py: {e}"), file=sys.stderr)
         return 2
+    except (OSError, torch.OutOfMemoryError) as e:
+        print(printable(f"evaluate.py: {str(e).splitlines()[0]}"), file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
     return 0

@@ -487,10 +487,8 @@ def load(name_or_path, device="cpu", dtype=torch.float32):
     The files' headers are compared with config.json before any weight is read. A tied model may store lm_head.weight
     too if it equals the embedding. InputError, naming the file, for what is missing, broken or not supported.
     """
-    decoder = _empty(name_or_path)
-    table, found = _stored_names(decoder), _read_headers(decoder.source)
-    _compare(decoder, table, found)
-    decoder.to(dtype).to_empty(device=device)
+    decoder, table, found = _checked(name_or_path)
+    _allocate(decoder, device, dtype)
     ours = dict(decoder.named_parameters())
     with torch.no_grad():
         for stored, names in table.items():
@@ -512,7 +510,7 @@ def fresh(name_or_path, seed, device="cpu", dtype=torch.float32):
     Normal with standard deviation initializer_range, divided by √(2 L) in the two matrices of a layer that write to
     the residual stream; norms 1, biases 0. Drawn on the CPU in float32: a seed means the same on any device.
     """
-    decoder = _empty(name_or_path).to(dtype).to_empty(device=device)
+    decoder = _allocate(_empty(name_or_path), device, dtype)
     generator, config = torch.Generator().manual_seed(seed), decoder.config
     stored = str(config.raw.get("dtype") or config.raw.get("torch_dtype"))
     stored = getattr(torch, stored) if stored in ("float16", "bfloat16") else torch.float32
@@ -533,33 +531,59 @@ def save(decoder, path):
 
     config.json, tokenizer and generation files are the source's, and so is the precision of the weights. Each file
     is written aside and renamed, model.safetensors last: in a new folder its presence means that all is there.
-    Then shards that an older model left in the folder are removed. Equal weights give equal bytes.
+    Then shards that an older model left in the folder are removed. Equal weights give equal bytes. FloatingPointError,
+    before anything is written, if a weight is not finite in that precision.
     """
     path, ours, tensors = Path(path), dict(decoder.named_parameters()), {}
-    path.mkdir(parents=True, exist_ok=True)
-    _write_aside(path / "config.json", lambda aside: aside.write_bytes(decoder.config.text))
-    for companion in (decoder.source / name for name in COMPANIONS):
-        if companion.is_file() and path.resolve() != decoder.source.resolve():
-            _write_aside(path / companion.name, partial(shutil.copyfile, companion))
-
     prefix = "transformer." if decoder.config.gpt2 else "model."
     for stored, names in _stored_names(decoder).items():
         tensor = torch.cat([ours[name].detach() for name in names]).to("cpu", decoder.stored_dtypes[names[0]])
         full = stored if stored == "lm_head.weight" else prefix + stored
         tensors[full] = _transpose(decoder, stored, tensor).contiguous()
-    _write_aside(path / "model.safetensors", lambda aside: save_file(tensors, aside, metadata={"format": "pt"}))
+        if not tensor.isfinite().all():
+            raise FloatingPointError(f"{stored} is not finite in {str(tensor.dtype)[6:]}")
+    path.mkdir(parents=True, exist_ok=True)
+    write_aside(path / "config.json", lambda aside: aside.write_bytes(decoder.config.text))
+    for companion in (decoder.source / name for name in COMPANIONS):
+        if companion.is_file() and path.resolve() != decoder.source.resolve():
+            write_aside(path / companion.name, partial(shutil.copyfile, companion))
+    write_aside(path / "model.safetensors", lambda aside: save_file(tensors, aside, metadata={"format": "pt"}))
 
     for stale in [*path.glob("model.safetensors.index.json"), *path.glob("model-*-of-*.safetensors")]:
         stale.unlink()
 
 
-def _write_aside(path, write):
+def write_aside(path, write):
+    """Let write(other path) make a file, flush it to disk and rename it: at any moment path is the old file or the new one."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         write(aside)
+        with open(aside, "rb+") as file:
+            os.fsync(file.fileno())
+        aside.chmod(0o644)
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def check(name_or_path):
+    """The folder of a model that load will read: its config.json and the headers of its weights, but no weight, are read.
+    InputError as in load."""
+    return _checked(name_or_path)[0].source
+
+
+def _checked(name_or_path):
+    decoder = _empty(name_or_path)
+    table, found = _stored_names(decoder), _read_headers(decoder.source)
+    _compare(decoder, table, found)
+    return decoder, table, found
+
+
+def _allocate(decoder, device, dtype):
+    try:
+        return decoder.to(dtype).to_empty(device=device)
+    except (RuntimeError, MemoryError) as e:  # the allocator's
+        raise InputError(f"{decoder.source}: does not fit into the memory of {device} ({_one_line(e)[:80]})") from None
 
 
 def _empty(name_or_path):

@@ -3,13 +3,14 @@
     python train.py --forget data/forget.jsonl          unlearn: L = L_r + λ L_f, see etw.py
     python train.py --retain FILE ... --from-scratch    teach: L = L_r alone
 
-One step: as many retain rows as forget rows go through the model in one forward pass; lean_loss turns the hidden states of
-the answer tokens into both losses and their gradients; AdamW follows a linear warm-up and a linear decay.
+One step: --batch-size forget rows and as many retain rows go through the model in one forward pass; lean_loss turns the
+hidden states of the answer tokens into both losses and their gradients; AdamW follows a linear warm-up and a linear decay.
 A run folder is a model directory (config.json, weights, tokenizer) with args.json and log.jsonl beside it.
 """
 import gc
 import hashlib
 import json
+import math
 import os
 import platform
 import resource
@@ -57,12 +58,15 @@ def parse_args(argv=None):
     g.add_argument("--temperature", type=number(above=0), default=1.0, help="T of the entropy's softmax(z/T)")
     g.add_argument("--beta", type=number(least=0), nargs="+", help="β of wga, tnpo, npo, imp (one), satimp (two numbers)")
     g = p.add_argument_group("optimisation")
-    g.add_argument("--epochs", type=number(int, least=1), default=20, help="passes through the forget set (retain, if taught)")
-    g.add_argument("--batch-size", type=number(int, least=1), default=16, help="forget rows a step, and as many retain rows")
+    g.add_argument("--epochs", type=number(int, least=1, most=10**6), default=20, help="passes through the forget set (or, "
+                   "teaching, the retain set)")
+    g.add_argument("--batch-size", type=number(int, least=1, most=2**16), default=16, help="forget rows a step, and as many "
+                   "retain rows")
     g.add_argument("--micro-batch-size", type=number(int, least=1), help="rows of both kinds in memory at once; all unless given")
-    g.add_argument("--lr", type=number(above=0), default=3e-4, help="peak learning rate")
-    g.add_argument("--weight-decay", type=number(least=0), default=0.01, help="AdamW's, on matrices only")
-    g.add_argument("--warmup-epochs", type=number(least=0), default=1.0, help="epochs of linear warm-up before the linear decay")
+    g.add_argument("--lr", type=number(above=0, most=10), default=3e-4, help="peak learning rate")
+    g.add_argument("--weight-decay", type=number(least=0, most=1e3), default=0.01, help="AdamW's, on matrices only")
+    g.add_argument("--warmup-epochs", type=number(least=0, most=1e6), default=1.0, help="epochs of linear warm-up before the "
+                   "linear decay")
     g.add_argument("--clip", type=number(above=0), default=1.0, help="largest gradient norm")
     g.add_argument("--seed", type=number(int, least=0, most=2**32 - 1), default=0, help="of the row order and of fresh weights")
     g = p.add_argument_group("machine")
@@ -122,8 +126,7 @@ def accumulate(decoder, rows, counts, args, dtype):
 
     with evaluate.precision(device, dtype):
         hidden = decoder.hidden(batch.inputs, batch.lengths)  # packed: (Σ lengths, D)
-        valid = torch.arange(batch.mask.shape[1], device=device) < batch.lengths[:, None]
-        hidden = hidden[batch.mask[valid]]  # answer tokens only: nothing else reaches the head
+        hidden = batch.answers(hidden)  # nothing else reaches the head
         loss, logprobs, entropy = etw.lean_loss(hidden, decoder.head, batch.targets[batch.mask], lengths, coefficients,
                                                 args.temperature, chunk=256 if device.type == "cpu" else 2048)
     loss.backward()
@@ -151,7 +154,7 @@ def train_step(decoder, optimizer, rows, lr, args, dtype):
                    "top_fifth": float(w[:-(-len(w) // 5)].sum() / w.sum().clamp_min(1e-30))}
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = float(torch.nn.utils.clip_grad_norm_(parameters, args.clip))
-    if not all(map(float("inf").__gt__, (abs(record["retain_loss"]), abs(record.get("forget_loss", 0)), norm))):
+    if not all(map(math.isfinite, (record["retain_loss"], record.get("forget_loss", 0), norm))):
         optimizer.zero_grad(set_to_none=True)
         raise FloatingPointError(f"retain loss {record['retain_loss']:.3g}, gradient norm {norm:.3g}")
     for group in optimizer.param_groups:
@@ -191,21 +194,31 @@ def train(decoder, sequences, starting, out, args, dtype, measure):
     state = {"step": 0, "log": 0, "retain_start": None, "damage": 0.0}
     checkpoint = out / "checkpoint.pt"
     if checkpoint.exists():
-        state, weights, moments = load_checkpoint(checkpoint)
-        decoder.load_state_dict(weights)
-        optimizer.load_state_dict(moments)
+        state = load_checkpoint(checkpoint, decoder, optimizer)
     with open(out / "log.jsonl", "ab") as log, catch_signals() as caught, \
             tqdm(total=total, initial=state["step"], desc=out.name, unit="step", disable=None) as bar:
-        log.truncate(state["log"])
+        log.truncate(min(state["log"], os.path.getsize(out / "log.jsonl")))
         log.seek(0, os.SEEK_END)
 
         def note(record):
-            log.write((json.dumps(record) + "\n").encode())
+            log.write((json.dumps(evaluate.plain(record)) + "\n").encode())
             log.flush()
 
         def save():
+            os.fsync(log.fileno())
             state["log"] = log.tell()
-            save_checkpoint(checkpoint, (state, decoder.state_dict(), optimizer.state_dict()))
+            parts = state, decoder.state_dict(), optimizer.state_dict()
+            if not all(p.isfinite().all() for p in decoder.parameters()):
+                raise FloatingPointError("the weights")
+            model.write_aside(checkpoint, lambda aside: torch.save(parts, aside))
+
+        def diverged(step, error):
+            kept = "nothing but the log was written there: no checkpoint had been reached"
+            if checkpoint.exists():
+                kept = f"the last good state, of step {load_checkpoint(checkpoint, decoder, optimizer)['step']}, is there"
+                model.save(decoder, out)
+            return Stopped(f"{out}: not finite at step {step}: {error}; {kept}. "
+                           "Start again with a lower --lr or --lambda", 1)
 
         while state["step"] < total:
             step, began = state["step"], time.perf_counter()
@@ -214,10 +227,7 @@ def train(decoder, sequences, starting, out, args, dtype, measure):
             try:
                 record = train_step(decoder, optimizer, rows, learning_rate(step, total, warmup, args.lr), args, dtype)
             except FloatingPointError as e:
-                save()
-                model.save(decoder, out)
-                raise Stopped(f"step {step + 1}: not finite ({e}); the weights before it are in {out}. "
-                              f"Start again with a lower --lr or --lambda", 1) from None
+                raise diverged(step + 1, e) from None
             state["step"] = step = step + 1
             seconds = time.perf_counter() - began
             note({"step": step, "epoch": step / steps} | record
@@ -234,30 +244,27 @@ def train(decoder, sequences, starting, out, args, dtype, measure):
             if step % steps == 0:
                 note({"epoch": step // steps} | measure(decoder))
             if step == total or caught or step % (args.save_every or steps) == 0:
-                save()
-            if caught and step < total:
+                try:
+                    save()
+                except FloatingPointError as e:
+                    raise diverged(step, e) from None
+            if caught:
                 raise Stopped(f"interrupted after step {step} of {total}; a checkpoint is in {out}. "
                               "To go on, run the same command with --resume" + ("" if args.out else f" --out {out}"), 130)
     return state["damage"]
 
 
-def save_checkpoint(path, parts):
-    """Written aside, flushed to disk and renamed: a kill at any moment leaves the last good checkpoint.
-    The row order is a pure function of seed and step, and nothing else is random: no generator state to keep."""
-    aside = path.with_suffix(".tmp")
-    with open(aside, "wb") as file:
-        torch.save(parts, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+def load_checkpoint(path, decoder, optimizer):
+    """Put a checkpoint's weights and moments in place; returns its state: the step, the length of the log, the retain losses.
 
-
-def load_checkpoint(path):
+    It holds no generator state: the row order is a pure function of seed and step, and nothing else is random."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)  # plain tensors and numbers: no code is run
+        state, weights, moments = torch.load(path, map_location="cpu", weights_only=True)  # no code is run
+        decoder.load_state_dict(weights)
+        optimizer.load_state_dict(moments)
+        return {key: state[key] for key in ("step", "log", "retain_start", "damage")}
     except Exception as e:  # the unpickler raises anything
-        raise InputError(f"{path}: not a readable checkpoint ({str(e).splitlines()[0][:80]}): "
-                         "start again with --overwrite") from None
+        raise InputError(f"{path}: not a checkpoint of this run ({type(e).__name__}): start again with --overwrite") from None
 
 
 class catch_signals:
@@ -290,27 +297,31 @@ def run(args):
     sets, files = read_sets(args)
     forget = sets.get("forget", [])
     device, dtype = evaluate.pick_device(args.device, args.dtype)
+    source = model.resolve(args.model)
     reference = args.reference
     if reference is None and forget and not args.from_scratch and evaluate.same(args.model, "weights/target"):
         reference = "weights/retain"
-    identity, out = describe(args, files), choose_out(args)
-    if claim(out, identity, args) == "finished":
-        print(f"{out}: this run is finished; there is nothing to resume")
+    identity, out = describe(args, [*files, *sorted(source.glob("*.safetensors"))]), choose_out(args)
+    if claim(out, identity, args, reference) == "finished":
+        print(f"{model.check(out)}: this run is finished; there is nothing to resume")
         return
-    decoder = model.fresh(args.model, args.seed, device) if args.from_scratch else model.load(args.model, device)
+    decoder = model.fresh(source, args.seed, device) if args.from_scratch else model.load(source, device)
     tokenizer = data.Tokenizer(decoder.source, args.template)
     decoder.checkpointing = args.gradient_checkpointing
-    max_length = args.max_length or min(tokenizer.room, 1024)
-    if max_length > tokenizer.room:
-        raise InputError(f"--max-length {max_length}: the model's context is {tokenizer.room} tokens: give at most that")
+    context = decoder.config.max_position_embeddings
+    max_length = args.max_length or min(context, 1024)
+    if not 2 <= max_length <= context:
+        raise InputError(f"--max-length {max_length}: the model's context is {context} tokens: give at most that, at least 2")
+    sample = {name: thin(rows, args.measure_rows) for name, rows in sets.items()}
     encoded = {name: data.encode(sets.get(name, []), tokenizer, max_length) for name in ("forget", "retain")}
+    data.encode(sample["facts"], tokenizer, max_length)
     sequences = {name: found for name, (found, _) in encoded.items()}
     retrained = reference and evaluate.open_model(reference, device, args.template)
     for line in remarks(sets, {name: cut for name, (_, cut) in encoded.items()}, max_length):
         print(line, file=sys.stderr)  # not before everything that can be refused has been
 
-    sample = {name: thin(rows, args.measure_rows) for name, rows in sets.items()}
-    shown = {name: [rows[i * len(rows) // 3] for i in range(min(3, len(rows)))] for name, rows in sample.items() if name != "facts"}
+    shown = {name: [rows[i * len(rows) // min(3, len(rows))] for i in range(min(3, len(rows)))]
+             for name, rows in sample.items() if name != "facts"}
     ratios = []  # truth ratios of the retrained model on the forget set
     if reference:
         found = evaluate.score(*retrained, sample["forget"], max_length, dtype, text=False, bar="reference")
@@ -323,6 +334,7 @@ def run(args):
         for name, rows in sample.items():
             rows = thin(rows, most) if most and name != "forget" else rows
             scores[name] = evaluate.score(decoder, tokenizer, rows, max_length, dtype, options=name == "facts", text=False,
+                                          temperature=args.temperature,
                                           wrong=name == "facts" or (name == "forget" and bool(ratios)))
         numbers = {f"{name} probability": evaluate.average(s["probability"]) for name, s in scores.items()}
         own = [r for r in scores["forget"]["truth_ratio"] if r is not None] if ratios else []
@@ -331,6 +343,8 @@ def run(args):
         return numbers, scores.get("forget")
 
     before, looked = measure(decoder)
+    if not all(value is None or math.isfinite(value) for value in before.values()):
+        raise InputError(f"{args.model}: its predictions are not finite: its weights are broken; fetch the model again")
     answered = {name: evaluate.answers(decoder, tokenizer, rows, dtype) for name, rows in shown.items()}
     starting = [None] * len(sequences["forget"])
     if args.method in ("tnpo", "npo"):  # computed once: no reference model stays in memory
@@ -339,12 +353,15 @@ def run(args):
 
     begin(out, identity, args)
     damage = train(decoder, sequences, starting, out, args, dtype, lambda decoder: measure(decoder, most=100)[0])
-    model.save(decoder, out)
+    try:
+        model.save(decoder, out)
+    except FloatingPointError as e:  # finite in float32 only
+        raise Stopped(f"{out}: {e}; checkpoint.pt has the last state. Start again with a lower --lr or --lambda", 1) from None
     decoder = None  # two models need not fit
     gc.collect()
     decoder = model.load(out, device)  # as it was written
     after, _ = measure(decoder)
-    evaluate.write(out / "result.json", json.dumps({"before": before, "after": after}, indent=1) + "\n")
+    evaluate.write(out / "result.json", json.dumps(evaluate.plain({"before": before, "after": after}), indent=1) + "\n")
     print(report(before, after, damage))
     for name, rows in shown.items():
         for example, was, new in zip(rows, answered[name], evaluate.answers(decoder, tokenizer, rows, dtype), strict=True):
@@ -423,10 +440,18 @@ def describe(args, files):
         commit = None
     return flags | {
         "command": shlex.join(sys.argv),
-        "data_sha256": {path: hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in files},
+        "data_sha256": {str(path): sha256(path) for path in files},
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "git_commit": commit,
     }
+
+
+def sha256(path):
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**24):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def choose_out(args):
@@ -439,13 +464,18 @@ def choose_out(args):
     return names[max(0, free - 1) if args.resume or args.overwrite else free]
 
 
-def claim(out, identity, args):
+def claim(out, identity, args, reference):
     """Check that a run may be written to `out`; writes nothing. Returns "finished" for a run that needs no resuming."""
-    for place in (args.model, args.reference):
+    for place in (args.model, reference):
         if place and evaluate.same(place, out):
             raise InputError(f"--out {out}: is the folder of --model or --reference: choose another")
-    parent = next(p for p in (out, *out.absolute().parents) if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
+    try:
+        str(out).encode()
+        parent = next(p for p in (out, *out.absolute().parents) if p.exists() or p.is_symlink())
+        writable = parent.is_dir() and os.access(parent, os.W_OK)
+    except (OSError, ValueError):  # too long, a NUL, not Unicode
+        parent, writable = out, False
+    if not writable:
         raise InputError(f"--out {out}: {parent} is not a folder one can write to: choose another")
     if not out.exists() or not any(out.iterdir()):
         return None
@@ -455,10 +485,13 @@ def claim(out, identity, args):
         return None
     if not args.resume:
         raise InputError(f"--out {out}: already holds a run: go on with --resume, replace it with --overwrite, or choose another")
-    old = data.read_json(out / "args.json")
-    for key in identity.keys() - {"command", "versions", "git_commit", "save_every", "measure_rows"}:
-        if identity[key] != old.get(key):
-            raise InputError(f"--resume: {key} was {old.get(key)!r} in {out}, now {identity[key]!r}: give the same, or --overwrite")
+    old = data.read_json(out / "args.json", "it tells what run this is: start again with --overwrite")
+    for key, value in identity.items():
+        if key == "data_sha256" and value != old.get(key):
+            changed = [path for path in value if not isinstance(old.get(key), dict) or old[key].get(path) != value[path]]
+            raise InputError(f"--resume: the data changed since {out} began: {', '.join(changed)}: restore it, or --overwrite")
+        if key not in ("command", "versions", "git_commit", "save_every", "measure_rows") and value != old.get(key):
+            raise InputError(f"--resume: {key} was {old.get(key)!r} in {out}, now {value!r}: give the same, or --overwrite")
     return "finished" if (out / "model.safetensors").exists() and not (out / "checkpoint.pt").exists() else None
 
 
@@ -473,19 +506,20 @@ def begin(out, identity, args):
 
 def main(argv=None):
     """Run the command line; returns the exit code: 0 done, 1 stopped by itself, 2 wrong input, 130 interrupted."""
+    evaluate.forgiving_streams()
     try:
         run(parse_args(argv))
     except InputError as e:
-        print(f"train.py: {e}", file=sys.stderr)
+        print(evaluate.printable(f"train.py: {e}"), file=sys.stderr)
         return 2
     except Stopped as e:
-        print(f"train.py: {e.args[0]}", file=sys.stderr)
+        print(evaluate.printable(f"train.py: {e.args[0]}"), file=sys.stderr)
         return e.args[1]
     except torch.OutOfMemoryError:
         print("train.py: out of GPU memory; lower --micro-batch-size or add --gradient-checkpointing", file=sys.stderr)
         return 1
     except OSError as e:
-        print(f"train.py: {e}; the last checkpoint is kept, --resume goes on from it", file=sys.stderr)
+        print(evaluate.printable(f"train.py: {e}; if a checkpoint was reached, --resume goes on from it"), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("train.py: interrupted; --resume goes on from the last checkpoint, if there was one", file=sys.stderr)

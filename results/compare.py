@@ -1,7 +1,7 @@
 """Every weighting under the same budget: a sweep, tables of it, and the trade-off curves.
 
     python results/compare.py sweep                      five λ for every method, measured every fourth epoch
-    python results/compare.py refine                     around each method's best: λ × and ÷ √10, two more learning rates
+    python results/compare.py refine                     the values between the larger ones; each method's best at lr 1e-3
     python results/compare.py repeat --seeds 1 2 3       each method's best setting with other seeds
     python results/compare.py tables
     python results/compare.py plot                       results/tradeoff.svg; needs matplotlib
@@ -29,6 +29,7 @@ import model
 import train
 
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # s = λ · mean ω at the start
+BETWEEN = (10**-1.5, 10**-0.5, 10**0.5)
 RATE = 3e-4
 ENOUGH = 0.05  # forget quality from which a model counts as one that forgot
 
@@ -45,7 +46,7 @@ class World:
         measured = data.read_jsonl(args.retain_measured) if args.retain_measured else self.sets["retain"]
         self.measured = {name: rows[::-(-len(rows) // args.rows)] for name, rows in (self.sets | {"retain": measured}).items()
                          if name != "forget"} | {"forget": self.sets["forget"]}
-        self.length = min(self.tokenizer.room, 512)
+        self.length = min(self.target.config.max_position_embeddings, 512)
         self.sequences = {k: data.encode(self.sets[k], self.tokenizer, self.length)[0] for k in ("forget", "retain")}
         self.starting = [torch.from_numpy(t[0]).float() for t in evaluate.answer_tokens(self.target, self.sequences["forget"])]
         retrained = model.load(args.reference)
@@ -85,13 +86,6 @@ class World:
                 return
             if (step + 1) % (every * steps) == 0:
                 yield (step + 1) // steps, self.measure(decoder)
-
-
-def around(record):
-    """Four settings beside the best of the sweep."""
-    method, strength = record["method"], record["strength"]
-    stronger, weaker = ((method, strength * 10**power, RATE) for power in (0.5, -0.5))
-    return [stronger, weaker, (method, strength, 1e-3), (method, strength, 1e-4)]
 
 
 def do_runs(args, wanted, out):
@@ -194,11 +188,13 @@ def main(argv=None):
     p.add_argument("--facts", nargs="+", default=["data/facts.jsonl"])
     p.add_argument("--template", default="plain")
     args = p.parse_args(argv)
-    picks = [chosen(read(args.sweep), m) for m in args.methods] if args.task in ("refine", "repeat") else []
+    picks = [chosen(read(args.sweep), m) for m in args.methods] if args.task == "repeat" else []
     if args.task == "sweep":
         do_runs(args, [(method, s, RATE, 0) for s in STRENGTHS for method in args.methods], args.sweep)
     elif args.task == "refine":
-        do_runs(args, [(*setting, 0) for beside in zip(*map(around, picks), strict=True) for setting in beside], args.sweep)
+        do_runs(args, [(method, s, RATE, 0) for s in BETWEEN for method in args.methods], args.sweep)
+        picks = [chosen(read(args.sweep), m) for m in args.methods]
+        do_runs(args, [(r["method"], r["strength"], 1e-3, 0) for r in picks], args.sweep)
     elif args.task == "repeat":
         do_runs(args, [(r["method"], r["strength"], r["lr"], seed) for seed in args.seeds for r in picks], args.repeats)
     else:

@@ -1,4 +1,4 @@
-"""One hypothesis profile for all tests (no deadline: CI machines stutter; the same examples every time) and one tiny model."""
+"""One hypothesis profile (no deadline: CI machines stutter; the same examples every time), a tiny model, an oracle."""
 import json
 
 import pytest
@@ -6,6 +6,7 @@ import tokenizers
 import torch
 from hypothesis import settings
 
+import data
 import model
 
 settings.register_profile("etw", deadline=None, max_examples=60, derandomize=True, print_blob=True)
@@ -31,3 +32,18 @@ def tiny(tmp_path_factory):
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|end|>"}))
     model.save(model.fresh(folder, seed=0), folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def letters(tiny):
+    """The tokenizer of `tiny`: bytes and a few merges, no begin token."""
+    return data.Tokenizer(tiny)
+
+
+@pytest.fixture(scope="session")
+def transformers():
+    """The oracle where it is installed; where it is not, what asks for it is skipped."""
+    oracle = pytest.importorskip("transformers")
+    oracle.logging.set_verbosity_error()
+    oracle.logging.disable_progress_bar()
+    return oracle

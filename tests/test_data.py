@@ -1,12 +1,12 @@
-"""From files to batches: what a row becomes token by token, which files are refused and how, and in which order rows come."""
+"""From files to batches: what a row becomes token by token, which files are refused and how, the order of rows."""
 import json
 
 import pytest
 import tokenizers
 import torch
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import models, pre_tokenizers, processors
 
 import data
 from model import InputError
@@ -14,46 +14,29 @@ from model import InputError
 QUESTION, ANSWER = "Where was Ada born?", "Ada was born in Oru."
 
 
-def model_folder(path, library, config=None, settings=None):
+def model_folder(path, library, config, settings):
     """A folder with a tokenizer and no weights: all that data.Tokenizer reads."""
     path.mkdir(exist_ok=True)
     library.save(str(path / "tokenizer.json"))
-    if config is not None:
-        (path / "config.json").write_text(json.dumps(config))
-    if settings is not None:
-        (path / "tokenizer_config.json").write_text(json.dumps(settings))
+    for name, content in (("config", config), ("tokenizer_config", settings)):
+        if content is not None:
+            (path / f"{name}.json").write_text(json.dumps(content))
     return path
 
 
-def words(vocabulary, begin=None):
-    """A tokenizer that splits at white space, one id a word; `begin` is put in front of every text."""
+def put_in_front(begin, library):
+    """`library`, adding the token `begin` to every text."""
+    special = [(begin, library.token_to_id(begin))]
+    library.post_processor = processors.TemplateProcessing(single=f"{begin} $A", special_tokens=special)
+    return library
+
+
+def words(vocabulary):
+    """A tokenizer that splits at white space, one id a word."""
     ids = {word: i for i, word in enumerate(vocabulary.split())}
     library = tokenizers.Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     library.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    if begin:
-        library.post_processor = processors.TemplateProcessing(single=f"{begin} $A", special_tokens=[(begin, ids[begin])])
     return library
-
-
-def byte_level(special, begin=None):
-    """A byte-level BPE, as Llama 3 and Qwen have, trained on two sentences; `begin` as above."""
-    library = tokenizers.Tokenizer(models.BPE())
-    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    library.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=special, show_progress=False,
-                                  initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
-    library.train_from_iterator([f"Question: {QUESTION}\nAnswer: {ANSWER}"] * 9, trainer)
-    if begin:
-        number = library.token_to_id(begin)
-        library.post_processor = processors.TemplateProcessing(single=f"{begin} $A", special_tokens=[(begin, number)])
-    return library
-
-
-@pytest.fixture(scope="module")
-def letters(tmp_path_factory):
-    """A tokenizer of bytes and a few merges, without a begin token."""
-    library = byte_level(["<|end|>"])
-    return data.Tokenizer(model_folder(tmp_path_factory.mktemp("letters"), library, {}, {"eos_token": "<|end|>"}))
 
 
 def row(**keys):
@@ -71,10 +54,10 @@ def one(example, tokenizer, max_length=128):
 
 def test_targets_are_the_next_tokens_and_the_mask_is_the_answer_with_its_end_token(tmp_path):
     #                0     1       2         3     4    5   6       7  8    9  10
-    library = words("<end> <begin> Question: Where Ada? Who Answer: In Oru. Bo <unk>", begin="<begin>")
-    tokenizer = data.Tokenizer(model_folder(tmp_path / "m", library, {}, {"eos_token": "<end>"}))
+    library = words("<end> <begin> Question: Where Ada? Who Answer: In Oru. Bo <unk>")
+    folder = model_folder(tmp_path, put_in_front("<begin>", library), {}, {"eos_token": "<end>"})
     rows = [data.Example("Where Ada?", "In Oru.", spans=[[3, 6]]), data.Example("Who", "Bo")]
-    sequences, cut = data.encode(rows, tokenizer, 20)
+    sequences, cut = data.encode(rows, data.Tokenizer(folder), 20)
     assert [(s.tokens, s.start, s.ended, s.row) for s in sequences] == [([1, 2, 3, 4, 6, 7, 8, 0], 5, True, 0),
                                                                        ([1, 2, 5, 6, 9, 0], 4, True, 1)]
     assert cut == 0
@@ -86,28 +69,17 @@ def test_targets_are_the_next_tokens_and_the_mask_is_the_answer_with_its_end_tok
     assert batch.lengths.tolist() == [7, 5]
 
 
-def test_a_begin_token_that_the_template_already_spells_is_not_added_twice(tmp_path):
-    library = byte_level(["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"], "<|begin_of_text|>")
-    folder = model_folder(tmp_path / "m", library, {"eos_token_id": 3})
-    for template in ("llama3", "plain"):
-        tokens = one(row(), data.Tokenizer(folder, template), 512).tokens
-        assert tokens[0] == 0 and tokens.count(0) == 1
-
-
-def test_prompt_and_answer_are_tokenised_together(tmp_path):
-    #                0     1     2          3   4       5  6    7
-    library = words("<end> <unk> _Question: Who Answer: In Oru. _")
-    library.normalizer = tokenizers.normalizers.Prepend("_")  # as SentencePiece does: an answer apart would begin with it
-    tokenizer = data.Tokenizer(model_folder(tmp_path / "m", library, {}, {"eos_token": "<end>"}))
-    sequence = one(data.Example("Who", "In Oru.", spans=[[3, 7]]), tokenizer)
-    assert (sequence.tokens, sequence.start) == ([2, 3, 4, 5, 6, 0], 3)
-    assert sequence.informative == [False, True, False]
-
-
-def test_prompt_and_answer_are_tokenised_apart_where_the_prompt_is_not_a_prefix(tmp_path):
-    #                0     1     2      3   4       5  6
-    library = words("<end> <unk> [INST] Who [/INST] In Oru.")  # "[/INST]In" is one unknown word
-    tokenizer = data.Tokenizer(model_folder(tmp_path / "m", library, {}, {"eos_token": "<end>"}), "llama2")
+@pytest.mark.parametrize("vocabulary, template, front", [
+    # as SentencePiece does, "_" before every text: an answer apart would begin with it
+    ("<end> <unk> _Question: Who Answer: In Oru. _", "plain", "_"),
+    # "[/INST]In" is one unknown word: the prompt's tokens are no prefix of the whole
+    ("<end> <unk> [INST] Who [/INST] In Oru.", "llama2", ""),
+])
+def test_prompt_and_answer_are_tokenised_together_where_the_prompt_is_a_prefix_else_apart(
+        tmp_path, vocabulary, template, front):
+    library = words(vocabulary)
+    library.normalizer = tokenizers.normalizers.Prepend(front) if front else None
+    tokenizer = data.Tokenizer(model_folder(tmp_path, library, {}, {"eos_token": "<end>"}), template)
     sequence = one(data.Example("Who", "In Oru.", spans=[[3, 7]]), tokenizer)
     assert (sequence.tokens, sequence.start) == ([2, 3, 4, 5, 6, 0], 3)
     assert sequence.informative == [False, True, False]
@@ -120,7 +92,7 @@ def test_answer_tokens_spell_the_answer_and_every_target_is_a_valid_id(letters, 
     assert letters.decode(sequence.tokens[sequence.start:-1]) == f" {answer}"
     assert sequence.tokens[-1] == letters.end_id
     batch = data.collate([sequence, one(row(), letters)])
-    assert batch.targets.min() >= 0 and batch.targets.max() < letters.vocab_size
+    assert 0 <= batch.targets.min() and batch.targets.max() < letters.vocab_size
     assert batch.mask.sum(1).tolist() == [len(s.tokens) - s.start for s in (sequence, one(row(), letters))]
 
 
@@ -141,16 +113,6 @@ def test_a_token_is_informative_if_its_non_space_characters_overlap_a_span(lette
     assert sequence.informative == expected + [False]
 
 
-def test_every_token_of_a_split_character_is_informative(letters):
-    sequence = one(row(answer="in 🦊", spans=[[3, 4]]), letters)
-    assert sequence.informative[-5:] == [True] * 4 + [False]  # four bytes of the fox, the end token
-
-
-def test_a_row_without_spans_is_unlabelled_and_a_row_with_none_of_them_is_structural(letters):
-    assert one(row(), letters).informative is None
-    assert not any(one(row(spans=[]), letters).informative)
-
-
 @given(st.integers(-3, 3))
 def test_an_answer_cut_for_length_has_no_end_token_and_is_counted(letters, spare):
     whole = one(row(), letters)
@@ -163,7 +125,7 @@ def test_an_answer_cut_for_length_has_no_end_token_and_is_counted(letters, spare
 
 def test_a_prompt_that_leaves_no_room_for_an_answer_is_refused_with_its_file_and_line(letters):
     start = one(row(), letters).start
-    assert len(one(row(), letters, start + 1).tokens) == start + 1
+    assert one(row(), letters, start + 1).start == start
     with pytest.raises(InputError, match=r"^rows\.jsonl:1: the prompt's \d+ tokens leave no room"):
         data.encode([row()], letters, start)
 
@@ -179,10 +141,10 @@ def test_every_token_of_a_text_after_the_first_is_a_target_exactly_once(letters,
     batch = data.collate(sequences)
     assert batch.targets[batch.mask].tolist() == ids[1:]
     assert batch.inputs.shape[1] < max_length and cut == 0
-    assert all(after.tokens[0] == before.tokens[-1] for before, after in zip(sequences, sequences[1:], strict=False))
 
 
-def test_given_answers_replace_the_rows_own_and_carry_no_spans(letters):
+def test_a_row_without_spans_is_unlabelled_as_is_a_given_answer_and_a_row_with_an_empty_list_is_structural(letters):
+    assert one(row(), letters).informative is None and not any(one(row(spans=[]), letters).informative)
     (sequence,), _ = data.encode([row(spans=[[0, 3]])], letters, 128, answers=["Bo was born."])
     assert letters.decode(sequence.tokens[sequence.start:]) == " Bo was born." and sequence.informative is None
 
@@ -190,69 +152,53 @@ def test_given_answers_replace_the_rows_own_and_carry_no_spans(letters):
 # ---- templates: what the chat templates of the models themselves give
 
 LLAMA3 = """\
-{{- bos_token }}
-{%- if not date_string is defined %}{%- set date_string = "26 Jul 2024" %}{%- endif %}
-{%- if messages[0]['role'] == 'system' %}
-    {%- set system_message = messages[0]['content']|trim %}
-    {%- set messages = messages[1:] %}
-{%- else %}
-    {%- set system_message = "" %}
-{%- endif %}
-{{- "<|start_header_id|>system<|end_header_id|>\\n\\n" }}
-{{- "Cutting Knowledge Date: December 2023\\n" }}
-{{- "Today Date: " + date_string + "\\n\\n" }}
-{{- system_message }}
-{{- "<|eot_id|>" }}
-{%- for message in messages %}
+{{- bos_token + "<|start_header_id|>system<|end_header_id|>\\n\\n" }}
+{{- "Cutting Knowledge Date: December 2023\\n" + "Today Date: " + date_string + "\\n\\n" }}
+{{- messages[0]['content'] | trim + "<|eot_id|>" }}
+{%- for message in messages[1:] %}
     {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n'+ message['content'] | trim + '<|eot_id|>' }}
 {%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
-{%- endif %}
+{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif %}
 """
 CHATML = """\
-{%- if messages[0]['role'] == 'system' %}
-    {{- '<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>\\n' }}
-{%- else %}
-    {{- '<|im_start|>system\\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\\n' }}
-{%- endif %}
 {%- for message in messages %}
-    {%- if (message.role == "user") or (message.role == "system" and not loop.first) or (message.role == "assistant") %}
-        {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}
-    {%- endif %}
+    {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}
 {%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\\n' }}
-{%- endif %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}
 """
 LLAMA2 = """\
 {% for message in messages %}{% if message['role'] == 'user' %}\
 {{ bos_token + '[INST] ' + message['content'].strip() + ' [/INST]' }}\
-{% elif message['role'] == 'assistant' %}{{ ' '  + message['content'].strip() + ' ' + eos_token }}{% endif %}{% endfor %}"""
+{% elif message['role'] == 'assistant' %}{{ ' '  + message['content'].strip() + ' ' + eos_token }}{% endif %}\
+{% endfor %}"""
 
-FAMILIES = {  # template: (chat template, without its tool branches; begin; end; other special tokens; the rendered whole)
+FAMILIES = {  # template: (chat template less the branches not taken here; begin; end; other special tokens; rendered)
     "llama3": (LLAMA3, "<|begin_of_text|>", "<|eot_id|>", ["<|start_header_id|>", "<|end_header_id|>"],
                "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n"
-               "Today Date: 10 Apr 2025\n\nYou are a helpful assistant.<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n"
-               "Where was Ada born?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nAda was born in Oru.<|eot_id|>"),
+               "Today Date: 10 Apr 2025\n\nYou are a helpful assistant.<|eot_id|><|start_header_id|>user"
+               "<|end_header_id|>\n\nWhere was Ada born?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+               "Ada was born in Oru.<|eot_id|>"),
     "chatml": (CHATML, None, "<|im_end|>", ["<|im_start|>"],
-               "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nWhere was Ada born?<|im_end|>\n"
-               "<|im_start|>assistant\nAda was born in Oru.<|im_end|>"),
+               "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nWhere was Ada born?"
+               "<|im_end|>\n<|im_start|>assistant\nAda was born in Oru.<|im_end|>"),
     "llama2": (LLAMA2, "<s>", "</s>", [], "<s>[INST] Where was Ada born? [/INST]Ada was born in Oru.</s>"),
     "plain": (None, "<s>", "</s>", [], "<s>Question: Where was Ada born?\nAnswer: Ada was born in Oru.</s>"),
 }
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
-def family(request, tmp_path_factory):
+def family(request, tiny, tmp_path_factory):
     """(template name, folder of a model of that family)"""
     _, begin, end, special, _ = FAMILIES[request.param]
+    library = tokenizers.Tokenizer.from_file(str(tiny / "tokenizer.json"))
+    library.add_special_tokens([t for t in (begin, end, *special) if t])
+    if begin:
+        put_in_front(begin, library)
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end, "bos_token": begin}
-    library = byte_level([t for t in (begin, end, *special) if t], begin)
     return request.param, model_folder(tmp_path_factory.mktemp(request.param), library, {}, settings)
 
 
-def test_templates_render_the_stored_text(family):
+def test_templates_render_the_stored_text_with_one_begin_token(family):
     name, folder = family
     tokenizer = data.Tokenizer(folder, name)
     sequence = one(row(), tokenizer, 2048)
@@ -261,16 +207,14 @@ def test_templates_render_the_stored_text(family):
 
 
 @pytest.mark.parametrize("question", [QUESTION, "Zażółć 🦊?\nYes", "<b>&amp; {x}"])
-def test_token_ids_are_those_of_the_chat_template_in_transformers(family, question):
+def test_token_ids_are_those_of_the_chat_template_in_transformers(transformers, family, question):
     name, folder = family
-    chat, *_ = FAMILIES[name]
-    if chat is None:
-        return
-    transformers = pytest.importorskip("transformers")
+    if name == "plain":
+        pytest.skip("no model has it as its chat template")
     theirs = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
     system = [] if name == "llama2" else [{"role": "system", "content": "You are a helpful assistant."}]
     asked = [*system, {"role": "user", "content": question}]
-    known = {"chat_template": chat, "date_string": "10 Apr 2025", "tokenize": False}
+    known = {"chat_template": FAMILIES[name][0], "date_string": "10 Apr 2025", "tokenize": False}
     prompt = theirs.apply_chat_template(asked, add_generation_prompt=True, **known)
     tokenizer = data.Tokenizer(folder, name)
     sequence = one(row(question=question), tokenizer, 2048)
@@ -286,46 +230,33 @@ def test_token_ids_are_those_of_the_chat_template_in_transformers(family, questi
 
 
 @pytest.mark.parametrize("settings, config, expected", [
-    ({"eos_token": "<unk>"}, {"eos_token_id": 1}, 2),
-    ({"eos_token": {"content": "<unk>", "lstrip": False}}, {}, 2),
-    ({}, {"eos_token_id": 1}, 1),
-    ({"eos_token": None}, {"eos_token_id": [1, 2]}, 1),
-    (None, {"eos_token_id": 1}, 1),
+    ({"eos_token": "<unk>"}, {"eos_token_id": 1}, 2), ({"eos_token": {"content": "<unk>", "lstrip": False}}, {}, 2),
+    ({}, {"eos_token_id": 1}, 1), ({"eos_token": None}, {"eos_token_id": [1, 2]}, 1), (None, {"eos_token_id": 1}, 1),
 ])
 def test_the_end_token_is_the_tokenizers_else_the_first_of_the_configuration(tmp_path, settings, config, expected):
-    folder = model_folder(tmp_path / "m", words("a b <unk>"), config, settings)
-    assert data.Tokenizer(folder).end_id == expected
-    assert data.Tokenizer(folder, "llama2").end_id == expected
+    folder = model_folder(tmp_path, words("a b <unk>"), config, settings)
+    assert [data.Tokenizer(folder, template).end_id for template in ("plain", "llama2")] == [expected] * 2
 
 
-@pytest.mark.parametrize("settings, config, template, message", [
-    ({}, {}, "plain", "no end token"),
-    ({}, {"eos_token_id": []}, "plain", "no end token"),
-    ({}, {"eos_token_id": "1"}, "plain", "no end token"),
-    ({}, {"eos_token_id": 99, "vocab_size": 3}, "plain", "99"),
-    ({}, {"eos_token_id": -1, "vocab_size": 3}, "plain", "-1"),
-    ({"eos_token": "z"}, {"eos_token_id": 1}, "plain", "no end token 'z'"),
-    ({"eos_token": "a"}, {}, "llama3", "no end token '<|eot_id|>': choose another --template"),
-    ({"eos_token": "a"}, {}, "chatml", "no end token '<|im_end|>': choose another --template"),
-    ({"eos_token": "a"}, {"vocab_size": 2}, "plain", "3 tokens, but the model's embedding has 2"),
+@pytest.mark.parametrize("files, template, message", [
+    ({"config.json": "{}"}, "plain", "no end token"),
+    ({"config.json": '{"eos_token_id": []}'}, "plain", "no end token"),
+    ({"config.json": '{"eos_token_id": "1"}'}, "plain", "no end token"),
+    ({"config.json": '{"eos_token_id": 99, "vocab_size": 3}'}, "plain", "99"),
+    ({"config.json": '{"eos_token_id": -1, "vocab_size": 3}'}, "plain", "-1"),
+    ({"config.json": '{"eos_token_id": 1, "vocab_size": 2}'}, "plain", "3 tokens, but the model's embedding has 2"),
+    ({"tokenizer_config.json": '{"eos_token": "z"}'}, "plain", "no end token 'z'"),
+    ({}, "llama3", "no end token '<|eot_id|>': choose another --template"), ({}, "chatml", "no end token '<|im_end|>'"),
+    ({"tokenizer.json": None}, "plain", "no tokenizer.json"),
+    *(({f"{name}.json": "{]"}, "plain", f"/{name}.json: ") for name in ("tokenizer", "tokenizer_config", "config")),
 ])
-def test_a_tokenizer_without_end_token_or_larger_than_the_embedding_is_refused(tmp_path, settings, config, template, message):
-    folder = model_folder(tmp_path / "m", words("a b <unk>"), config, settings)
+def test_a_tokenizer_that_is_broken_or_does_not_fit_the_model_is_refused(tmp_path, files, template, message):
+    model_folder(tmp_path, words("a b <unk>"), {"eos_token_id": 1}, {})
+    for name, content in files.items():
+        (tmp_path / name).unlink() if content is None else (tmp_path / name).write_text(content)
     with pytest.raises(InputError) as refusal:
-        data.Tokenizer(folder, template)
-    assert message in str(refusal.value) and str(folder) in str(refusal.value) and "\n" not in str(refusal.value)
-
-
-@pytest.mark.parametrize("name, content", [("tokenizer.json", None), ("tokenizer.json", b"{}"), ("tokenizer.json", b"\xff\xfe"),
-                                           ("config.json", b"{"), ("tokenizer_config.json", b"\xff")])
-def test_a_broken_file_of_a_model_folder_is_refused_by_name(tmp_path, name, content):
-    folder = model_folder(tmp_path / "m", words("a b <unk>"), {"eos_token_id": 1}, {})
-    (folder / name).unlink()
-    if content is not None:
-        (folder / name).write_bytes(content)
-    with pytest.raises(InputError, match=f"{name}.*: ") as refusal:
-        data.Tokenizer(folder)
-    assert "\n" not in str(refusal.value)
+        data.Tokenizer(tmp_path, template)
+    assert message in str(refusal.value) and str(tmp_path) in str(refusal.value) and "\n" not in str(refusal.value)
 
 
 # ---- files
@@ -338,7 +269,8 @@ GOOD = {"question": "Who?", "answer": "Bo.", "paraphrased_answer": "It is Bo.", 
 def test_a_json_list_reads_as_json_lines(tmp_path):
     rows = [GOOD, {"text": "Once upon a time"}, {"question": "Żółć?", "answer": "🦊\u2028\x85"}]
     lines, whole = tmp_path / "lines.jsonl", tmp_path / "list.json"
-    lines.write_bytes(b"\xef\xbb\xbf" + "\r\n\r\n".join(json.dumps(r, ensure_ascii=False) for r in rows).encode())  # a BOM too
+    text = "\r\n\r\n".join(json.dumps(r, ensure_ascii=False) for r in rows)
+    lines.write_bytes(b"\xef\xbb\xbf" + text.encode())  # with a byte order mark
     whole.write_text(json.dumps(rows, indent=2, ensure_ascii=False), "utf-8")
     read = [[vars(e) | {"where": ""} for e in data.read_jsonl(path)] for path in (lines, whole)]
     assert read[0] == read[1]
@@ -346,58 +278,47 @@ def test_a_json_list_reads_as_json_lines(tmp_path):
     assert [e.where for e in data.read_jsonl(lines)] == [f"{lines}:{n}" for n in (1, 3, 5)]
 
 
-def without(key):
-    return {k: v for k, v in GOOD.items() if k != key}
-
-
 @pytest.mark.parametrize("bad, message", [
-    (5, "must be a JSON object, not int"), ([GOOD], "must be a JSON object, not list"), (None, "must be a JSON object"),
-    ({}, "`question` is missing"), (without("answer"), "`answer` is missing"), (without("question"), "`question` is missing"),
-    (GOOD | {"answer": 3}, "`answer` must be a string"), (GOOD | {"answer": " \n"}, "`answer` must be a string that is not blank"),
-    (GOOD | {"question": None}, "`question` must be"), (GOOD | {"question": ""}, "`question` must be"),
+    (5, "must be a JSON object, not int"), (None, "must be a JSON object"), ({}, "`question` is missing"),
+    ({"question": "Who?"}, "`answer` is missing"), ({"answer": "Bo."}, "`question` is missing"),
     ({"text": ""}, "`text` must be"), ({"text": ["a"]}, "`text` must be"), ({"text": "\ud800"}, "surrogate"),
-    (GOOD | {"answer": "Bo \udfff"}, "surrogate"), (GOOD | {"perturbed_answer": ["\ud800"]}, "surrogate"),
-    (GOOD | {"paraphrased_answer": ""}, "`paraphrased_answer`"), (GOOD | {"paraphrased_answer": ["x"]}, "`paraphrased_answer`"),
-    (GOOD | {"perturbed_answer": ["x", ""]}, "`perturbed_answer`"), (GOOD | {"perturbed_answer": {"a": "b"}}, "`perturbed_answer`"),
-    (GOOD | {"perturbed_answer": 0}, "`perturbed_answer`"), (GOOD | {"perturbed_answer": {}}, "`perturbed_answer`"),
-    (GOOD | {"spans": 3}, "`spans` must be a list"), (GOOD | {"spans": [3]}, "pair of integers"),
-    (GOOD | {"spans": [[0, 1, 2]]}, "pair of integers"), (GOOD | {"spans": [[0, 1.0]]}, "pair of integers"),
-    (GOOD | {"spans": [[False, True]]}, "pair of integers"), (GOOD | {"spans": [[0, 4]]}, "not inside the answer's 3 characters"),
-    (GOOD | {"spans": [[2, 1]]}, "not inside"), (GOOD | {"spans": [[1, 1]]}, "not inside"),
-    (GOOD | {"spans": [[-1, 2]]}, "not inside"),
+    *((GOOD | wrong, message) for wrong, message in [
+        ({"answer": 3}, "`answer` must be a string"), ({"answer": " \n"}, "must be a string that is not blank"),
+        ({"question": None}, "`question` must be"), ({"question": ""}, "`question` must be"),
+        ({"answer": "Bo \udfff"}, "surrogate"), ({"perturbed_answer": ["\ud800"]}, "surrogate"),
+        *(({"paraphrased_answer": value}, "`paraphrased_answer`") for value in ("", ["x"])),
+        *(({"perturbed_answer": value}, "`perturbed_answer`") for value in (["x", ""], {"a": "b"}, 0, {})),
+        ({"spans": 3}, "`spans` must be a list"),
+        *(({"spans": [span]}, "pair of integers") for span in (3, [0, 1, 2], [0, 1.0], [False, True])),
+        *(({"spans": [span]}, "not inside the answer's 3") for span in ([0, 4], [2, 1], [1, 1], [-1, 2])),
+    ]),
 ])
 def test_a_wrong_row_is_refused_in_one_line_that_names_its_file_and_place(tmp_path, bad, message):
     lines, whole = tmp_path / "lines.jsonl", tmp_path / "list.json"
     lines.write_text(json.dumps(GOOD) + "\n\n" + json.dumps(bad))
     whole.write_text(json.dumps([GOOD, bad]))
-    places = {lines: f"{lines}:3: ", whole: f"{whole}: row 2: "}
-    if isinstance(bad, list):
-        del places[lines]  # a file that begins with one object and goes on with a list is told from a list by its first line
-    for path, place in places.items():
+    for path, place in {lines: f"{lines}:3: ", whole: f"{whole}: row 2: "}.items():
         with pytest.raises(InputError) as refusal:
             data.read_jsonl(path)
-        assert str(refusal.value).startswith(place) and message in str(refusal.value) and "\n" not in str(refusal.value)
+        assert str(refusal.value).startswith(place) and message in str(refusal.value)
+        assert "\n" not in str(refusal.value)
 
 
 @pytest.mark.parametrize("content, message", [
-    (None, ": cannot be read (No such file"), ("folder", ": cannot be read (Is a directory"),
     (b"", ": no rows"), (b" \n\n", ": no rows"), (b"[]", ": no rows"),
-    (b'{"question": "\xff"}', ": not UTF-8 text (byte 14)"), (bytes(range(256)), ": not UTF-8"),
-    (b"\x00\x01\x02", ":1: broken JSON"),
+    (b'{"question": "\xff"}', ": not UTF-8 text (byte 14)"), (b"\x00\x01\x02", ":1: broken JSON"),
     (b'\n{"question": ', ":2: broken JSON"), (b'{"text": "a b"}\n{"text": "c d"', ":2: broken JSON"),
-    (b'[{"text": "a b"},\n\n}]', ": broken JSON (Expecting value, line 3"), (b"question,answer\nWho?,Bo.", ":1: broken JSON"),
-    (b"\n" + b'{"a":' * 100_000, ":2: broken JSON (nested too deep"), (b"[" * 100_000, ": broken JSON (nested too deep"),
+    (b'[{"text": "a b"},\n\n}]', ": broken JSON (Expecting value, line 3"), (b"question,answer", ":1: broken JSON"),
+    (b"\n" + b'{"a":' * 100_000, ":2: broken JSON (nested too deep"), (b"[" * 100_000, ": broken JSON (nested"),
     (b'{"text": ' + b"1" * 5000 + b"}", ":1: broken JSON (nested too deep or a number too long"),
 ])
 def test_a_wrong_file_is_refused_in_one_line_that_names_it(tmp_path, content, message):
-    path = tmp_path / "rows.jsonl"
-    if content == "folder":
-        path.mkdir()
-    elif content is not None:
-        path.write_bytes(content)
-    with pytest.raises(InputError) as refusal:
-        data.read_jsonl(path)
-    assert str(refusal.value).startswith(f"{path}{message}") and "\n" not in str(refusal.value)
+    (tmp_path / "rows.jsonl").write_bytes(content)
+    for path, said in ((tmp_path / "rows.jsonl", message), (tmp_path / "absent", ": cannot be read (No such file"),
+                       (tmp_path, ": cannot be read (Is a directory")):
+        with pytest.raises(InputError) as refusal:
+            data.read_jsonl(path)
+        assert str(refusal.value).startswith(f"{path}{said}") and "\n" not in str(refusal.value)
 
 
 ANY = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters()),
@@ -406,53 +327,41 @@ NEARLY = st.fixed_dictionaries({}, optional={  # rows that are right but for som
     "question": st.just("Who?") | ANY, "answer": st.just("Bo it is.") | ANY, "text": st.just("a b") | ANY,
     "paraphrased_answer": st.text() | ANY, "perturbed_answer": st.lists(st.text() | ANY) | ANY,
     "spans": st.lists(st.lists(st.integers(-2, 12), min_size=1, max_size=3)) | ANY})
+ROWS = st.lists(ANY | NEARLY, min_size=1, max_size=3)
 
 
-def read_or_refuse(folder, content):
-    path = folder / "hypothesis.jsonl"
+@given(st.binary(max_size=60) | st.text('{}[]":,\n\\u0aé ', max_size=60).map(str.encode)
+       | ROWS.map(lambda rows: json.dumps(rows).encode())
+       | ROWS.map(lambda rows: "\n".join(map(json.dumps, rows)).encode()))
+@settings(max_examples=200)
+@example(b'{"question": "a", "answer": "b", "spans": ' + b"[" * 900 + b"]" * 900 + b"}")
+def test_whatever_a_file_holds_it_is_read_or_refused(tmp_path_factory, content):
+    path = tmp_path_factory.getbasetemp() / "hypothesis.jsonl"
     path.write_bytes(content)
     try:
         examples = data.read_jsonl(path)
     except InputError as refusal:
         assert str(refusal).startswith(str(path)) and len(str(refusal).splitlines()) == 1
         return
-    assert examples
     for e in examples:
-        assert isinstance(e, data.Example)
         assert (e.text or e.answer).strip() and e.where.startswith(str(path))
         assert all(0 <= a < b <= len(e.answer) for a, b in e.spans or [])
         assert all(isinstance(s, str) and s.strip() for s in [*e.perturbed_answer, e.paraphrased_answer or "none"])
-
-
-@given(st.binary(max_size=60) | st.text('{}[]":,\n\\u0aé ', max_size=60).map(lambda s: s.encode()))
-@example(b'{"question": "a", "answer": "b", "spans": ' + b"[" * 900 + b"]" * 900 + b"}")
-def test_whatever_bytes_a_file_holds_it_is_read_or_refused(tmp_path_factory, content):
-    read_or_refuse(tmp_path_factory.getbasetemp(), content)
-
-
-@given(st.lists(ANY | NEARLY, min_size=1, max_size=3), st.booleans())
-def test_whatever_json_a_file_holds_it_is_read_or_refused(tmp_path_factory, rows, as_list):
-    content = json.dumps(rows) if as_list else "\n".join(map(json.dumps, rows))
-    read_or_refuse(tmp_path_factory.getbasetemp(), content.encode())
+    assert examples
 
 
 # ---- order
 
-SMALL, SEEDS = st.integers(1, 12), st.integers(0, 2**32 - 1)
+
+def test_the_order_of_a_pass_depends_on_seed_stream_and_pass_and_on_nothing_else():
+    places = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]
+    first = [data.order(50, *place) for place in places]
+    torch.manual_seed(1)  # no global generator takes part
+    assert [data.order(50, *place) for place in places] == first
+    assert len(set(map(tuple, first))) == 4
 
 
-@given(SMALL, SEEDS, st.integers(0, 1), st.integers(0, 9))
-def test_the_order_of_a_pass_is_a_permutation_and_a_pure_function_of_its_arguments(n, seed, stream, number):
-    first = data.order(n, seed, stream, number)
-    torch.manual_seed(n)  # no global generator takes part
-    assert sorted(first) == list(range(n)) and data.order(n, seed, stream, number) == first
-
-
-def test_seed_stream_and_pass_each_change_the_order():
-    assert len({tuple(data.order(50, *place)) for place in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]}) == 4
-
-
-@given(SMALL, SEEDS, st.integers(0, 40), st.integers(0, 30))
+@given(st.integers(1, 12), st.integers(0, 2**32 - 1), st.integers(0, 40), st.integers(0, 30))
 def test_every_row_is_drawn_before_one_repeats_however_the_drawing_is_cut(n, seed, first, count):
     whole = data.draw(n, seed, 1, 0, first + count)
     assert data.draw(n, seed, 1, first, count) == whole[first:]

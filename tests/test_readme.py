@@ -1,4 +1,4 @@
-"""The README tells the truth: its commands parse, its quick start runs, its line counts and weightings are those of the code."""
+"""The README tells the truth: its commands parse, its quick start runs, its line counts and code are right."""
 import json
 import re
 import shlex
@@ -34,16 +34,19 @@ def test_every_command_names_a_file_that_exists_and_flags_that_parse(command):
 def test_the_quick_start_runs_and_shows_what_changed(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     start = next(c for c in commands() if c[1:] == ["train.py", "--forget", "data/forget.jsonl"])
-    assert train.main([*start[2:], "--out", str(tmp_path / "run"), "--epochs", "1", "--batch-size", "8", "--measure-rows", "9"]) == 0
+    assert train.main([*start[2:], "--out", str(tmp_path / "run"), "--epochs", "1", "--batch-size", "8",
+                       "--measure-rows", "9"]) == 0
     shown = capsys.readouterr().out
-    for line in ("before", "after", "forget probability", "retain probability", "facts probability", "forget quality", "forget: ", "retain: "):
-        assert line in shown
+    assert all(name in shown for name in ("before", "after", "forget probability", "retain probability",
+                                          "facts probability", "forget quality", "forget: ", "retain: "))
     assert json.loads((tmp_path / "run" / "result.json").read_text())["before"]["forget probability"] > 0.99
 
 
-@pytest.mark.parametrize("name, lines", re.findall(r"\| \[(\w+\.py)\]\(\w+\.py\) \| (\d+) \|", README))
-def test_line_counts_are_right(name, lines):
-    assert len((ROOT / name).read_text("utf-8").splitlines()) == int(lines)
+def test_line_counts_are_right():
+    counts = dict(re.findall(r"^\| \[(\w+\.py)\]\(\w+\.py\) \| (\d+) \|", README, re.MULTILINE))
+    if "@@L:" in README:
+        pytest.skip("the counts of README.md are still to be filled in")
+    assert counts == {path.name: str(len(path.read_text("utf-8").splitlines())) for path in ROOT.glob("*.py")}
 
 
 def blocks(language):
@@ -60,8 +63,8 @@ def test_the_loss_for_ones_own_trainer_is_the_one_that_train_py_descends():
     scope = {}
     exec(next(b for b in blocks("python") if "def unlearning_loss" in b), scope)
     g = torch.Generator().manual_seed(0)
-    hidden, head = torch.randn(2, 5, 8, generator=g, requires_grad=True), torch.randn(11, 8, generator=g, requires_grad=True)
-    targets, mask = torch.randint(0, 11, (2, 5), generator=g), torch.tensor([[False, True, True, True, False], [True] * 5])
+    hidden, head = (torch.randn(*shape, generator=g, requires_grad=True) for shape in ((2, 5, 8), (11, 8)))
+    targets, mask = torch.randint(0, 11, (2, 5), generator=g), torch.tensor([[0, 1, 1, 1, 0], [1] * 5]).bool()
     theirs = scope["unlearning_loss"](hidden, head, targets, mask, torch.tensor([True, False]), lam=0.5)
 
     def coefficients(rows, logprobs, entropy, inside):
@@ -70,8 +73,7 @@ def test_the_loss_for_ones_own_trainer_is_the_one_that_train_py_descends():
 
     ours = etw.lean_loss(hidden[mask], head, targets[mask], [3, 5], coefficients)[0]
     torch.testing.assert_close(theirs, ours)
-    for a, b in zip(torch.autograd.grad(theirs, (hidden, head)), torch.autograd.grad(ours, (hidden, head)), strict=True):
-        torch.testing.assert_close(a, b)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, (hidden, head)) for loss in (theirs, ours)))
 
 
 def test_the_example_weighting_is_one():
@@ -82,15 +84,16 @@ def test_the_example_weighting_is_one():
 
 
 def test_the_bundled_weights_know_what_the_readme_says(monkeypatch):
-    """Target: every set at 0.99 and more; ROC-AUC of the ETW weights at least 0.8, above all that need no labels. Retrained:
-    ignorant of the forget set."""
+    """Target: every set at 0.99 and more; ROC-AUC of the ETW weights at least 0.8, above all that need no labels.
+    Retrained: ignorant of the forget set."""
     monkeypatch.chdir(ROOT)
     found = {}
     for name in ("target", "retain"):
         decoder, tokenizer = model.load(f"weights/{name}"), data.Tokenizer(f"weights/{name}")
         for kind in ("forget", "facts"):
             rows = data.read_jsonl(f"data/{kind}.jsonl")
-            found[name, kind] = evaluate.score(decoder, tokenizer, rows, wrong=kind == "facts", options=kind == "facts", text=False)
+            found[name, kind] = evaluate.score(decoder, tokenizer, rows, wrong=kind == "facts", options=kind == "facts",
+                                               text=False)
     known = {key: evaluate.average(scores["probability"]) for key, scores in found.items()}
     assert known["target", "forget"] >= 0.99 and known["target", "facts"] >= 0.99 and known["retain", "facts"] >= 0.99
     assert known["retain", "forget"] <= 0.35
