@@ -128,7 +128,8 @@ def read_text(string, where):
 class Tokenizer:
     """tokenizer.json of a model directory with its begin and end tokens.
 
-    begin: ids the tokenizer itself puts in front (often none or one); end_id: the end token of `template`. InputError where a file or the end token is missing or does not fit the model.
+    begin: ids the tokenizer itself puts in front (often none or one); end_id: the end token of `template`.
+    InputError where a file or the end token is missing or does not fit the model.
     """
 
     def __init__(self, path, template="plain"):

@@ -322,7 +322,8 @@ def svg_heat(blocks):
         y += 12
     style = ("text{font:12px ui-monospace,Menlo,Consolas,monospace;fill:#1f2328;white-space:pre}.name{fill:#59636e}"
              "rect{fill:#ffa726}@media(prefers-color-scheme:dark){text{fill:#f0f6fc}.name{fill:#9198a1}rect{fill:#b85c00}}")
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {y}" width="{width:.0f}" height="{y}">'
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" xml:space="preserve" viewBox="0 0 {width:.0f} {y}" '
+            f'width="{width:.0f}" height="{y}">'
             f"<style>{style}</style>{''.join(parts)}</svg>\n")
 
 
@@ -354,7 +355,7 @@ def confidence_pairs(scores, tokenizer, count=5, window=0.02):
         other = low + np.abs(logs[low:high + 1] - logs[high]).argmax()
         gap, decade = abs(logs[other] - logs[high]), math.floor(math.log10(doubt[high]))
         best[decade] = max(best.get(decade, (-1.0,)), (gap, *sorted((high, other), key=lambda i: logs[i])))
-    lines = ["The same confidence, very different entropy:", f"{'p':>10} {'H, nats':>9}  token in [ ]"]
+    lines = ["The same confidence, the most different entropy:", f"{'p':>10} {'H, nats':>9}  token in [ ]"]
     for _, *pair in sorted(best.values(), reverse=True)[:count]:
         for i in pair:
             s, at = places[order[i]]

@@ -352,7 +352,7 @@ def run(args):
         starting = [torch.from_numpy(numbers[0]).float() for numbers in found]
 
     begin(out, identity, args)
-    damage = train(decoder, sequences, starting, out, args, dtype, lambda decoder: measure(decoder, most=100)[0])
+    damage = train(decoder, sequences, starting, out, args, dtype, lambda decoder: measure(decoder, most=50)[0])
     try:
         model.save(decoder, out)
     except FloatingPointError as e:  # finite in float32 only
@@ -366,6 +366,7 @@ def run(args):
     for name, rows in shown.items():
         for example, was, new in zip(rows, answered[name], evaluate.answers(decoder, tokenizer, rows, dtype), strict=True):
             if example.text is None:
+                new = new if len(new) <= 120 else new[:120] + " …"
                 lines = f"{name}: {example.question}", f"  before  {was}", f"  after   {new}"
                 print("", *map(evaluate.printable, lines), sep="\n")
     if forget:

@@ -155,12 +155,12 @@ def plot(args):
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     records = [r for r in read(args.sweep) if "forget quality" in r]
     for i, method in enumerate(etw.WEIGHTINGS):
-        points = sorted((max(0.0, loss_of(r)), r["-log10 FQ"]) for r in records if r["method"] == method)
+        points = sorted((loss_of(r), r["-log10 FQ"]) for r in records if r["method"] == method)
         best = np.minimum.accumulate([fq for _, fq in points])
         axes.step([x for x, _ in points], best, where="post", label=method, color=f"C{i}", linewidth=3 if method == "etw" else 1.5)
     axes.axhline(-np.log10(ENOUGH), color="grey", linestyle=":", linewidth=1)
-    axes.text(30, -np.log10(ENOUGH), "forgotten below this line: p ≥ 0.05", color="grey", va="bottom", ha="right", fontsize=8)
-    axes.set(xlim=(0, 30), ylim=(0, None), xlabel="model utility lost, points", ylabel="best −log10 forget quality so far")
+    axes.text(12, -np.log10(ENOUGH), "forgotten below this line: p ≥ 0.05", color="grey", va="bottom", ha="right", fontsize=8)
+    axes.set(xlim=(-2, 12), ylim=(0, 10), xlabel="model utility lost, points", ylabel="best −log10 forget quality so far")
     axes.legend(fontsize=8)
     figure.savefig(args.plot, metadata={"Date": None})
 

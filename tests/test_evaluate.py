@@ -292,7 +292,7 @@ def test_the_heat_map_shows_every_method_that_the_rows_allow(run, world, tmp_pat
     assert {p.text for p in ElementTree.parse(picture).iter() if p.get("class") == "name"} == methods
     assert "🦊" in picture.read_text() or changes
     shown = capsys.readouterr().out
-    assert "The same confidence, very different entropy" in shown
+    assert "The same confidence, the most different entropy" in shown
     assert all(f"{name} " in shown for name in etw.WEIGHTINGS) and ("–" if changes else "structural") in shown
 
 

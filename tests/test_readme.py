@@ -84,8 +84,8 @@ def test_the_example_weighting_is_one():
 
 
 def test_the_bundled_weights_know_what_the_readme_says(monkeypatch):
-    """Target: every set at 0.99 and more; ROC-AUC of the ETW weights at least 0.8, above all that need no labels.
-    Retrained: ignorant of the forget set."""
+    """Target: every set at 0.99 and more; ROC-AUC of the ETW weights at least 0.9, where
+    wga looks the other way. Retrained: ignorant of the forget set."""
     monkeypatch.chdir(ROOT)
     found = {}
     for name in ("target", "retain"):
@@ -99,4 +99,4 @@ def test_the_bundled_weights_know_what_the_readme_says(monkeypatch):
     assert known["retain", "forget"] <= 0.35
     aucs = evaluate.weights_auc(found["target", "forget"])
     print(aucs)
-    assert aucs["etw"] >= 0.8 and aucs["etw"] > aucs["imp"] > 0.5 > aucs["wga"]
+    assert aucs["etw"] >= 0.9 and aucs["wga"] < 0.1 and aucs["spans"] == 1

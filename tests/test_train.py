@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from argparse import Namespace
 from pathlib import Path
 
@@ -217,19 +218,19 @@ def test_the_program_exits_with_the_code_and_one_line(tmp_path):
 
 def test_a_run_killed_at_many_random_moments_ends_in_the_same_bytes(run, tmp_path):
     assert run("--epochs", 30, out="whole") == 0
-    arguments = [*run.arguments, "--epochs", "30", "--save-every", "1", "--out", str(tmp_path / "killed"), "--resume"]
-    context = multiprocessing.get_context("forkserver")
+    arguments = [*run.arguments, "--epochs", "30", "--save-every", "7", "--out", str(tmp_path / "killed"), "--resume"]
+    context, log = multiprocessing.get_context("forkserver"), tmp_path / "killed" / "log.jsonl"
     context.set_forkserver_preload(["train"])
-    moments, kills, process = random.Random(0), 0, None
-    while process is None or process.exitcode != 0:
+    for lines in [*sorted(random.Random(0).sample(range(85), 8)), None]:  # of log.jsonl; None: to the end
         process = context.Process(target=exit_with, args=(arguments,))
         process.start()
-        process.join(timeout=moments.uniform(0.05, 0.8) if kills < 12 else None)
-        if process.is_alive():
+        while lines is not None and process.is_alive() and (not log.exists() or log.read_bytes().count(b"\n") < lines):
+            time.sleep(0.002)
+        if lines is not None:
+            assert process.is_alive()
             process.kill()
-            process.join()
-            kills += 1
-    assert kills >= 3 and weights(tmp_path / "killed") == weights(tmp_path / "whole")
+        process.join()
+    assert process.exitcode == 0 and weights(tmp_path / "killed") == weights(tmp_path / "whole")
     killed, whole = ([{k: v for k, v in r.items() if k not in ("tokens_per_second", "peak_memory_mb")}
                       for r in log_of(tmp_path / name)] for name in ("killed", "whole"))
     assert killed == whole
