@@ -206,11 +206,10 @@ def test_templates_render_the_stored_text_with_one_begin_token(family):
     assert tokenizer.decode(sequence.tokens[sequence.start:]).strip() == ANSWER
 
 
+@pytest.mark.parametrize("family", ["llama2", "llama3", "chatml"], indirect=True)
 @pytest.mark.parametrize("question", [QUESTION, "Zażółć 🦊?\nYes", "<b>&amp; {x}"])
 def test_token_ids_are_those_of_the_chat_template_in_transformers(transformers, family, question):
     name, folder = family
-    if name == "plain":
-        pytest.skip("no model has it as its chat template")
     theirs = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
     system = [] if name == "llama2" else [{"role": "system", "content": "You are a helpful assistant."}]
     asked = [*system, {"role": "user", "content": question}]
