@@ -2,6 +2,7 @@
 
     python results/bench.py --shape small          bundled, small or llama-3.2-1b; or --model DIR
     python results/bench.py --shape small --dtype bfloat16
+    python results/bench.py --read --model weights/target          generate and evaluate against transformers, same rows
     python results/bench.py --loss-memory          peak memory of the loss alone at V = 128,256, by number of tokens
 
 Same weights, rows (lengths like TOFU's), precision and AdamW on both sides. The plain side runs forget and retain batch
@@ -182,6 +183,36 @@ def loss_memory(device, vocab=128_256, width=256):
         hidden = head = None
 
 
+def read_speed(path, device, rounds):
+    """Seconds, ours and transformers', to answer 64 bundled questions greedily and to read log p of 1,000 answers."""
+    import transformers
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(device).eval()
+    ours, tokenizer = evaluate.open_model(path, device, "plain")
+    examples = data.read_jsonl("data/retain.jsonl")
+    prompts = [data.prompt_ids(e, tokenizer) for e in examples[:64]]
+    sequences = data.encode(examples, tokenizer, 256)[0]
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+
+    @torch.inference_mode()
+    def read():
+        for i in range(0, len(sequences), 64):
+            batch = data.collate(sequences[i:i + 64], device)
+            known = (torch.arange(batch.mask.shape[1], device=device) < batch.lengths[:, None]).long()
+            logits = theirs(input_ids=batch.inputs, attention_mask=known, use_cache=False).logits
+            torch.log_softmax(logits.float(), -1).gather(2, batch.targets[..., None])
+
+    jobs = {"generate": (lambda: model.generate(ours, prompts, 64, tokenizer.end_id),
+                         lambda: theirs.generate(ids, attention_mask=mask, max_new_tokens=64, do_sample=False,
+                                                 eos_token_id=tokenizer.end_id, pad_token_id=0)),
+            "log p of the answers": (lambda: evaluate.answer_tokens(ours, sequences), read)}
+    for name, pair in jobs.items():
+        times = [[clock(job, device) for job in pair] for _ in range(rounds + 1)][1:]
+        mine, other = (statistics.median(t) for t in zip(*times, strict=True))
+        print(f"{name}: ours {mine:.3f} s, transformers {other:.3f} s, {other / mine:.2f} times as fast")
+
+
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--shape", choices=SHAPES, default="small")
@@ -193,11 +224,14 @@ def main(argv=None):
     p.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     p.add_argument("--json", metavar="FILE")
     p.add_argument("--loss-memory", action="store_true")
+    p.add_argument("--read", action="store_true")
     p.add_argument("--serve", choices=SIDES, help=argparse.SUPPRESS)
     args = p.parse_args(argv)
     device, dtype = pick(args.device, args.dtype)
     if args.loss_memory:
         return loss_memory(device)
+    if args.read:
+        return read_speed(args.model or "weights/target", device, args.rounds)
     with tempfile.TemporaryDirectory() as folder:
         if not args.model:
             args.model = folder
