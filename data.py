@@ -137,15 +137,15 @@ class Tokenizer:
         if not (path / "tokenizer.json").is_file():
             raise InputError(f"{path}: no tokenizer.json: copy the model's tokenizer.json there")
         try:
-            self.library = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
+            self.backend = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
             self.begin = self._begin()
         except Exception as e:  # the library raises plain Exception
             raise InputError(f"{path / 'tokenizer.json'}: not a tokenizer ({str(e).splitlines()[0]})") from None
-        self.library.no_padding()
-        self.library.no_truncation()
+        self.backend.no_padding()
+        self.backend.no_truncation()
         config, settings = (read_json(path / name) for name in ("config.json", "tokenizer_config.json"))
         self.template = TEMPLATES[template]
-        self.vocab_size = 1 + max(self.library.get_vocab().values(), default=-1)
+        self.vocab_size = 1 + max(self.backend.get_vocab().values(), default=-1)
         vocab_size = config.get("vocab_size", self.vocab_size)
         if self.vocab_size > vocab_size:
             raise InputError(f"{path / 'tokenizer.json'}: {self.vocab_size} tokens, but the model's embedding has "
@@ -155,8 +155,8 @@ class Tokenizer:
             raise InputError(f"{path / 'config.json'}: eos_token_id {self.end_id} is not one of {vocab_size} tokens: correct it")
 
     def _begin(self):
-        encoding = self.library.encode("a", add_special_tokens=True)
-        bare = self.library.encode("a", add_special_tokens=False).ids
+        encoding = self.backend.encode("a", add_special_tokens=True)
+        bare = self.backend.encode("a", add_special_tokens=False).ids
         ids = encoding.ids
         starts = [i for i in range(len(ids)) if ids[i:i + len(bare)] == bare]
         return ids[:starts[0]] if starts else []
@@ -167,9 +167,9 @@ class Tokenizer:
             token = settings.get("eos_token")
             token = token.get("content") if isinstance(token, dict) else token
         if isinstance(token, str):
-            if self.library.token_to_id(token) is None:
+            if self.backend.token_to_id(token) is None:
                 raise InputError(f"{path}: the tokenizer has no end token {token!r}: choose another --template")
-            return self.library.token_to_id(token)
+            return self.backend.token_to_id(token)
         ids = config.get("eos_token_id")
         ids = ids[0] if isinstance(ids, list) and ids else ids
         if type(ids) is not int:
@@ -179,14 +179,14 @@ class Tokenizer:
     def encode(self, string, begin=False):
         """ids and [start, end) character offsets of a string, with nothing added but, if asked, the begin ids."""
         try:
-            encoding = self.library.encode(string, add_special_tokens=False)
+            encoding = self.backend.encode(string, add_special_tokens=False)
         except Exception as e:  # the library's own: a character that no token covers
             raise InputError(f"{string[:40]!r}: cannot be tokenised ({str(e)[:80]}): use another tokenizer") from None
         front = self.begin if begin and encoding.ids[:len(self.begin)] != self.begin else []  # no second begin token
         return front + encoding.ids, [(0, 0)] * len(front) + encoding.offsets
 
     def decode(self, ids):
-        return self.library.decode(list(ids), skip_special_tokens=True)
+        return self.backend.decode(list(ids), skip_special_tokens=True)
 
 
 def read_json(path, advice="copy the model's own file again"):

@@ -276,7 +276,7 @@ def pieces(tokenizer, ids):
     """The text of each token; a token that ends inside a character is empty and the next one has it whole."""
     texts, done = [], ""
     for i in range(len(ids)):
-        text = tokenizer.library.decode(ids[:i + 1], skip_special_tokens=False)
+        text = tokenizer.backend.decode(ids[:i + 1], skip_special_tokens=False)
         whole = not text.endswith("\ufffd")
         texts.append(text[len(done):] if whole else "")
         done = text if whole else done

@@ -106,7 +106,7 @@ def test_a_token_is_informative_if_its_non_space_characters_overlap_a_span(lette
     byte_of = [i for i, c in enumerate(answer) for _ in c.encode()]  # the character that each byte belongs to
     expected, done = [], -1  # −1: the leading space
     for token in sequence.tokens[sequence.start:-1]:
-        size = len(letters.library.id_to_token(token))  # one character a byte in a byte-level vocabulary
+        size = len(letters.backend.id_to_token(token))  # one character a byte in a byte-level vocabulary
         covered = {byte_of[i] for i in range(max(0, done), done + size)}
         expected.append(bool(covered & marked))
         done += size
@@ -132,7 +132,7 @@ def test_a_prompt_that_leaves_no_room_for_an_answer_is_refused_with_its_file_and
 
 @given(st.text(min_size=1).filter(str.strip), st.integers(2, 9))
 def test_every_token_of_a_text_after_the_first_is_a_target_exactly_once(letters, text, max_length):
-    ids = letters.library.encode(text).ids
+    ids = letters.backend.encode(text).ids
     if len(ids) < 2:
         with pytest.raises(InputError, match="nothing to predict"):
             data.encode([data.Example(text=text)], letters, max_length)
@@ -202,7 +202,7 @@ def test_templates_render_the_stored_text_with_one_begin_token(family):
     name, folder = family
     tokenizer = data.Tokenizer(folder, name)
     sequence = one(row(), tokenizer, 2048)
-    assert tokenizer.library.decode(sequence.tokens, skip_special_tokens=False) == FAMILIES[name][-1]
+    assert tokenizer.backend.decode(sequence.tokens, skip_special_tokens=False) == FAMILIES[name][-1]
     assert tokenizer.decode(sequence.tokens[sequence.start:]).strip() == ANSWER
 
 
