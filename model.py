@@ -527,7 +527,7 @@ def fresh(name_or_path, seed, device="cpu", dtype=torch.float32):
 
 
 def save(decoder, path):
-    """Write a model directory that transformers, vLLM and lm-eval load as it is. path may be the source itself.
+    """Write a model directory that transformers loads as it is. path may be the source itself.
 
     config.json, tokenizer and generation files are the source's, and so is the precision of the weights. Each file
     is written aside and renamed, model.safetensors last: in a new folder its presence means that all is there.
