@@ -6,9 +6,10 @@
     python results/compare.py tables
     python results/compare.py plot                       results/tradeoff.svg; needs matplotlib
 
-All read and write results/sweep.jsonl (seed 0) and results/seeds.jsonl; a line is one epoch of one run, finished runs are
-skipped, so what was stopped goes on. The mean weight at the start differs by orders of magnitude between methods (imp
-0.0005, wga 1), so the grid is laid over s = λ · mean ω at the start, with the same span for each.
+All read and write results/sweep.jsonl (seed 0) and results/seeds.jsonl: the first line is the target, each other one epoch
+of one run; finished runs are skipped, so what was stopped goes on. The mean weight at the start differs by orders of
+magnitude between methods (imp 0.0005, wga 1), so the grid is laid over s = λ · mean ω at the start, with the same span for
+each.
 """
 import argparse
 import copy
@@ -90,23 +91,38 @@ class World:
 
 def do_runs(args, wanted, out):
     """Append the measured epochs of each wanted (method, strength, lr, seed) to a file, skipping the runs already there."""
-    done = {(r["method"], r["strength"], r["lr"], r["seed"]) for r in read(out)}
+    done = {(r["method"], r["strength"], r["lr"], r["seed"]) for r in read(out) if r["method"] != "target"}
     torch.set_num_threads(args.threads)
     world = World(args)
     means = {method: world.mean_weight(method) for method in etw.WEIGHTINGS}
-    print(json.dumps({"mean weight at the start": means, "start": world.start}), file=sys.stderr)
+    print(json.dumps({"mean weight at the start": means}), file=sys.stderr)
+    if not Path(out).exists():
+        append(out, [{"method": "target"} | world.start])
     wanted = [w for i, w in enumerate(wanted) if i % args.parts == args.part and tuple(w) not in done]
     for method, strength, lr, seed in tqdm(wanted, desc="runs"):
         lam = strength / means[method]
         setting = {"method": method, "strength": strength, "lambda": lam, "lr": lr, "seed": seed}
         runs = world.run(method, lam, lr, seed, args.epochs, args.batch_size, args.every)
         lines = [setting | {"epoch": epoch} | found for epoch, found in runs] or [setting | {"epoch": 0, "diverged": True}]
-        with open(out, "a") as file:
-            file.writelines(json.dumps(line) + "\n" for line in lines)
+        append(out, lines)
 
 
-def read(*paths):
-    return [json.loads(line) for path in map(Path, paths) if path.exists() for line in path.read_text().splitlines()]
+def append(path, records):
+    with open(path, "a") as file:
+        file.writelines(json.dumps(record) + "\n" for record in records)
+
+
+def read(path, over=()):
+    """The records of a file; with the names of utility sets, the utility lost is that of those sets alone."""
+    records = [json.loads(line) for line in Path(path).read_text().splitlines()] if Path(path).exists() else []
+    if over and records:
+        def utility(record):
+            parts = ("probability", "rouge", "truth_ratio")
+            return evaluate.model_utility([record[f"{name} {part}"] for name in over for part in parts])
+        for r in records:
+            if "forget quality" in r:
+                r["utility lost"] = 100 * (utility(records[0]) - utility(r))
+    return records
 
 
 def loss_of(record):
@@ -121,7 +137,7 @@ def chosen(records, method):
 
 
 def tables(args):
-    sweep, seeds = read(args.sweep), read(args.repeats)
+    sweep, seeds = read(args.sweep, args.over), read(args.repeats, args.over)
     print(f"| method | least utility lost with FQ ≥ {ENOUGH} | λ, lr, epoch | best −log10 FQ with ≤ 5 points lost "
           "| paper's product |")
     print("|---|---|---|---|---|")
@@ -153,7 +169,7 @@ def plot(args):
     matplotlib.rcParams["svg.hashsalt"] = "etw"
     import matplotlib.pyplot as plt
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    records = [r for r in read(args.sweep) if "forget quality" in r]
+    records = [r for r in read(args.sweep, args.over) if "forget quality" in r]
     for i, method in enumerate(etw.WEIGHTINGS):
         points = sorted((loss_of(r), r["-log10 FQ"]) for r in records if r["method"] == method)
         best = np.minimum.accumulate([fq for _, fq in points])
@@ -176,6 +192,7 @@ def main(argv=None):
     p.add_argument("--every", type=int, default=4, help="epochs between measurements")
     p.add_argument("--batch-size", type=int, default=16)
     p.add_argument("--rows", type=int, default=50, help="rows of each utility set that an epoch measures")
+    p.add_argument("--strengths", type=float, nargs="+", default=STRENGTHS, help="s = λ · mean ω at the start, for sweep")
     p.add_argument("--methods", nargs="+", default=list(etw.WEIGHTINGS))
     p.add_argument("--part", type=int, default=0, help="with --parts: run every so many-th setting, to share a sweep out")
     p.add_argument("--parts", type=int, default=1)
@@ -186,14 +203,15 @@ def main(argv=None):
     p.add_argument("--retain", default="data/retain.jsonl")
     p.add_argument("--retain-measured", help="rows with wrong answers to measure on, where --retain has none")
     p.add_argument("--facts", nargs="+", default=["data/facts.jsonl"])
+    p.add_argument("--over", nargs="+", default=(), help="utility sets that the utility lost is taken over; all where not given")
     p.add_argument("--template", default="plain")
     args = p.parse_args(argv)
-    picks = [chosen(read(args.sweep), m) for m in args.methods] if args.task == "repeat" else []
+    picks = [chosen(read(args.sweep, args.over), m) for m in args.methods] if args.task == "repeat" else []
     if args.task == "sweep":
-        do_runs(args, [(method, s, RATE, 0) for s in STRENGTHS for method in args.methods], args.sweep)
+        do_runs(args, [(method, s, RATE, 0) for s in args.strengths for method in args.methods], args.sweep)
     elif args.task == "refine":
         do_runs(args, [(method, s, RATE, 0) for s in BETWEEN for method in args.methods], args.sweep)
-        picks = [chosen(read(args.sweep), m) for m in args.methods]
+        picks = [chosen(read(args.sweep, args.over), m) for m in args.methods]
         do_runs(args, [(r["method"], r["strength"], 1e-3, 0) for r in picks], args.sweep)
     elif args.task == "repeat":
         do_runs(args, [(r["method"], r["strength"], r["lr"], seed) for seed in args.seeds for r in picks], args.repeats)

@@ -1,11 +1,13 @@
-"""A small world out of TOFU's files: a tokenizer, a configuration to start from and the rows of the first authors.
+"""A small world out of TOFU's files: a tokenizer, a configuration to start from, the rows of the first authors and labels.
 
     python results/tofu.py TOFU_DIR runs/tofu
 
-reads forget10.jsonl and retain90.jsonl (github.com/locuslab/tofu) and writes runs/tofu/start and runs/tofu/retain.jsonl
-(60 authors of 20 rows, in TOFU's order). results/README.md has the commands that teach, retrain and unlearn from there.
+reads forget10.jsonl and retain90.jsonl (github.com/locuslab/tofu) and writes runs/tofu/start, runs/tofu/retain.jsonl
+(60 authors of 20 rows, in TOFU's order) and runs/tofu/forget.jsonl: forget10 with `spans`, which TOFU does not have.
+results/README.md has the commands that teach, retrain and unlearn from there.
 """
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -16,11 +18,23 @@ CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_s
           "max_position_embeddings": 512, "tie_word_embeddings": True, "eos_token_id": 0, "dtype": "float32"}
 
 
+def informative(row, most=1):
+    """[start, end) of each word of the answer that the paraphrase keeps and at most `most` of the five wrong answers do.
+
+    TOFU's wrong answers are the paraphrase with the fact exchanged, so what they lose is the fact. What a paraphrase says
+    in other words goes unlabelled: the labels miss facts, they seldom invent one."""
+    words = [set(re.findall(r"\w+", text.lower())) for text in (row["paraphrased_answer"], *row["perturbed_answer"])]
+    return [list(m.span()) for m in re.finditer(r"\w+", row["answer"])
+            if m[0].lower() in words[0] and sum(m[0].lower() in w for w in words[1:]) <= most]
+
+
 def main(source, out, authors=60):
     source, start = Path(source), Path(out) / "start"
     start.mkdir(parents=True, exist_ok=True)
     rows = [(source / f"{name}.jsonl").read_text("utf-8").splitlines() for name in ("forget10", "retain90")]
     (Path(out) / "retain.jsonl").write_text("\n".join(rows[1][:20 * authors]) + "\n", "utf-8")
+    labelled = [row | {"spans": informative(row)} for row in map(json.loads, rows[0])]
+    (Path(out) / "forget.jsonl").write_text("".join(json.dumps(row) + "\n" for row in labelled), "utf-8")
     texts = [" ".join(json.loads(line)[key] for key in ("question", "answer")) for some in rows for line in some]
     library = tokenizers.Tokenizer(tokenizers.models.BPE())
     library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
