@@ -129,11 +129,13 @@ def loss_of(record):
     return record.get("utility lost", float("inf"))
 
 
-def chosen(records, method):
-    """The epoch of a run that forgot (quality >= ENOUGH) with the least utility lost, else the one of best forget quality."""
+def chosen(records, method, within=None):
+    """The epoch of a run that forgot (quality >= ENOUGH) with the least utility lost, else the one of best forget quality;
+    with a number of points, the one of best forget quality among those that lost no more, where there is one."""
     own = [r for r in records if r["method"] == method and "forget quality" in r]
-    good = [r for r in own if r["forget quality"] >= ENOUGH]
-    return min(good, key=loss_of) if good else min(own, key=lambda r: r["-log10 FQ"])
+    good = [r for r in own if r["forget quality"] >= ENOUGH and within is None]
+    mild = [r for r in own if within is not None and loss_of(r) <= within]
+    return min(good, key=loss_of) if good else min(mild or own, key=lambda r: r["-log10 FQ"])
 
 
 def tables(args):
@@ -154,8 +156,9 @@ def tables(args):
         print("\n| method | −log10 FQ: median (least – most) | utility lost: median (least – most) | reached FQ ≥ 0.05 |")
         print("|---|---|---|---|")
         for method in etw.WEIGHTINGS:
-            pick = chosen(sweep, method)
-            own = [r for r in seeds if r["method"] == method and r["epoch"] == pick["epoch"] and "forget quality" in r]
+            pick = chosen(sweep, method, args.within)
+            same = ("method", "strength", "lr", "epoch")
+            own = [r for r in seeds if "forget quality" in r and all(r[k] == pick[k] for k in same)]
             if own:
                 spread = [f"{np.median(v):.2f} ({min(v):.2f} – {max(v):.2f})" for v in
                           ([r["-log10 FQ"] for r in own], [loss_of(r) for r in own])]
@@ -204,9 +207,10 @@ def main(argv=None):
     p.add_argument("--retain-measured", help="rows with wrong answers to measure on, where --retain has none")
     p.add_argument("--facts", nargs="+", default=["data/facts.jsonl"])
     p.add_argument("--over", nargs="+", default=(), help="utility sets that the utility lost is taken over; all where not given")
+    p.add_argument("--within", type=float, help="repeat and tabulate the best forget quality with at most so many points lost")
     p.add_argument("--template", default="plain")
     args = p.parse_args(argv)
-    picks = [chosen(read(args.sweep, args.over), m) for m in args.methods] if args.task == "repeat" else []
+    picks = [chosen(read(args.sweep, args.over), m, args.within) for m in args.methods] if args.task == "repeat" else []
     if args.task == "sweep":
         do_runs(args, [(method, s, RATE, 0) for s in args.strengths for method in args.methods], args.sweep)
     elif args.task == "refine":
