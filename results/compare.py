@@ -196,6 +196,7 @@ def main(argv=None):
     p.add_argument("--batch-size", type=int, default=16)
     p.add_argument("--rows", type=int, default=50, help="rows of each utility set that an epoch measures")
     p.add_argument("--strengths", type=float, nargs="+", default=STRENGTHS, help="s = λ · mean ω at the start, for sweep")
+    p.add_argument("--lr", type=float, default=RATE, help="learning rate, for sweep")
     p.add_argument("--methods", nargs="+", default=list(etw.WEIGHTINGS))
     p.add_argument("--part", type=int, default=0, help="with --parts: run every so many-th setting, to share a sweep out")
     p.add_argument("--parts", type=int, default=1)
@@ -212,7 +213,7 @@ def main(argv=None):
     args = p.parse_args(argv)
     picks = [chosen(read(args.sweep, args.over), m, args.within) for m in args.methods] if args.task == "repeat" else []
     if args.task == "sweep":
-        do_runs(args, [(method, s, RATE, 0) for s in args.strengths for method in args.methods], args.sweep)
+        do_runs(args, [(method, s, args.lr, 0) for s in args.strengths for method in args.methods], args.sweep)
     elif args.task == "refine":
         do_runs(args, [(method, s, RATE, 0) for s in BETWEEN for method in args.methods], args.sweep)
         picks = [chosen(read(args.sweep, args.over), m) for m in args.methods]
