@@ -1,7 +1,6 @@
 """Every weighting under the same budget: a sweep, tables of it, and the trade-off curves.
 
-    python results/compare.py sweep                      five λ for every method, measured every fourth epoch
-    python results/compare.py refine                     the values between the larger ones; each method's best at lr 1e-3
+    python results/compare.py sweep                      eight λ and two learning rates for every method
     python results/compare.py repeat --seeds 1 2 3       each method's best setting with other seeds
     python results/compare.py tables
     python results/compare.py plot                       results/tradeoff.svg; needs matplotlib
@@ -29,9 +28,8 @@ import evaluate
 import model
 import train
 
-STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # s = λ · mean ω at the start
-BETWEEN = (10**-1.5, 10**-0.5, 10**0.5)
-RATE = 3e-4
+STRENGTHS = (1e-4, 1e-3, 1e-2, 10**-1.5, 1e-1, 10**-0.5, 1.0, 10**0.5)  # s = λ · mean ω at the start
+RATES = (3e-4, 1e-3)
 ENOUGH = 0.05  # forget quality from which a model counts as one that forgot
 
 
@@ -186,7 +184,7 @@ def plot(args):
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("task", choices=("sweep", "refine", "repeat", "tables", "plot"))
+    p.add_argument("task", choices=("sweep", "repeat", "tables", "plot"))
     p.add_argument("--sweep", default="results/sweep.jsonl")
     p.add_argument("--repeats", default="results/seeds.jsonl")
     p.add_argument("--plot", default="results/tradeoff.svg")
@@ -196,7 +194,7 @@ def main(argv=None):
     p.add_argument("--batch-size", type=int, default=16)
     p.add_argument("--rows", type=int, default=50, help="rows of each utility set that an epoch measures")
     p.add_argument("--strengths", type=float, nargs="+", default=STRENGTHS, help="s = λ · mean ω at the start, for sweep")
-    p.add_argument("--lr", type=float, default=RATE, help="learning rate, for sweep")
+    p.add_argument("--lr", type=float, nargs="+", default=RATES, help="learning rates, for sweep")
     p.add_argument("--methods", nargs="+", default=list(etw.WEIGHTINGS))
     p.add_argument("--part", type=int, default=0, help="with --parts: run every so many-th setting, to share a sweep out")
     p.add_argument("--parts", type=int, default=1)
@@ -213,11 +211,7 @@ def main(argv=None):
     args = p.parse_args(argv)
     picks = [chosen(read(args.sweep, args.over), m, args.within) for m in args.methods] if args.task == "repeat" else []
     if args.task == "sweep":
-        do_runs(args, [(method, s, args.lr, 0) for s in args.strengths for method in args.methods], args.sweep)
-    elif args.task == "refine":
-        do_runs(args, [(method, s, RATE, 0) for s in BETWEEN for method in args.methods], args.sweep)
-        picks = [chosen(read(args.sweep, args.over), m) for m in args.methods]
-        do_runs(args, [(r["method"], r["strength"], 1e-3, 0) for r in picks], args.sweep)
+        do_runs(args, [(method, s, lr, 0) for lr in args.lr for s in args.strengths for method in args.methods], args.sweep)
     elif args.task == "repeat":
         do_runs(args, [(r["method"], r["strength"], r["lr"], seed) for seed in args.seeds for r in picks], args.repeats)
     else:
