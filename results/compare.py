@@ -176,7 +176,7 @@ def plot(args):
         best = np.minimum.accumulate([fq for _, fq in points])
         axes.step([x for x, _ in points], best, where="post", label=method, color=f"C{i}", linewidth=3 if method == "etw" else 1.5)
     axes.axhline(-np.log10(ENOUGH), color="grey", linestyle=":", linewidth=1)
-    axes.text(12, -np.log10(ENOUGH), "forgotten below this line: p ≥ 0.05", color="grey", va="bottom", ha="right", fontsize=8)
+    axes.text(11, -np.log10(ENOUGH), "forgotten below this line: p ≥ 0.05", color="grey", va="top", ha="right", fontsize=8)
     axes.set(xlim=(-2, 12), ylim=(0, 10), xlabel="model utility lost, points", ylabel="best −log10 forget quality so far")
     axes.legend(fontsize=8)
     figure.savefig(args.plot, metadata={"Date": None})
