@@ -114,7 +114,7 @@ def _encodable(string):
     return not any("\ud800" <= c <= "\udfff" for c in string)
 
 
-def read_text(string, where):
+def checked_text(string, where):
     """A string from the command line as it is; InputError if it is blank or not Unicode."""
     if not string.strip() or not _encodable(string):
         raise InputError(f"{where}: must be text, not blank, in the terminal's encoding")
@@ -265,13 +265,12 @@ def _overlaps(answer, start, end, spans):
 
 
 class Batch(NamedTuple):
-    """inputs, targets (B, T) int64, mask, spans (B, T) bool: targets[b, t] is the token after inputs[b, t], mask says
-    where it belongs to the answer, spans where it is informative; lengths (B,): tokens of each row, the rest is padding."""
+    """inputs, targets (B, T) int64, mask (B, T) bool: targets[b, t] is the token after inputs[b, t], mask says where it
+    belongs to the answer; lengths (B,): tokens of each row, the rest is padding."""
     inputs: torch.Tensor
     targets: torch.Tensor
     mask: torch.Tensor
     lengths: torch.Tensor
-    spans: torch.Tensor
 
     def answers(self, hidden):
         """Of packed hidden states (Σ lengths, D), as Decoder.hidden gives them, those that predict answer tokens: (N, D)."""
@@ -285,15 +284,13 @@ def collate(sequences, device="cpu"):
     lengths = torch.tensor([len(s.tokens) - 1 for s in sequences])
     shape = len(sequences), int(lengths.max())
     inputs, targets = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
-    mask, spans = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.bool)
+    mask = torch.zeros(shape, dtype=torch.bool)
     for b, s in enumerate(sequences):
         n = len(s.tokens) - 1
         inputs[b, :n] = torch.tensor(s.tokens[:-1])
         targets[b, :n] = torch.tensor(s.tokens[1:])
         mask[b, s.start - 1:n] = True
-        if s.informative is not None:
-            spans[b, s.start - 1:n] = torch.tensor(s.informative)
-    return Batch(*(t.to(device) for t in (inputs, targets, mask, lengths, spans)))
+    return Batch(*(t.to(device) for t in (inputs, targets, mask, lengths)))
 
 
 def order(n, seed, stream, number):

@@ -133,6 +133,7 @@ def spans(logprobs, entropy, mask, *, reference=None, spans=None, beta=None):
 
 # Every weighting has one signature: (logprobs, entropy, mask, *, reference, spans, beta) -> weights, all (B, T).
 WEIGHTINGS = {w.__name__: w for w in (etw, uniform, wga, tnpo, npo, imp, satimp, spans)}
+NEED_REFERENCE = ("tnpo", "npo")  # these get the starting model's log p, which costs a pass over the forget set
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -507,7 +507,7 @@ def run(args):
     if args.template not in data.TEMPLATES:
         raise InputError(f"{args.models[0]}/args.json: unknown template {args.template!r}: give --template")
     if args.ask is not None:
-        data.read_text(args.ask, "--ask")
+        data.checked_text(args.ask, "--ask")
         for path in args.models:
             decoder, tokenizer = open_model(path, device, args.template)
             print(f"{path}: {printable(answers(decoder, tokenizer, [data.Example(args.ask)], dtype)[0])}")

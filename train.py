@@ -110,17 +110,14 @@ def accumulate(decoder, rows, counts, args, dtype):
     batch = data.collate([s for _, s, _ in rows], device)
     forget = torch.tensor([stream == FORGET for stream, _, _ in rows], device=device)
     lengths = [len(s.tokens) - s.start for _, s, _ in rows]
+    given = {"spans": of_tokens([s.informative for _, s, _ in rows], lengths, torch.bool, device)}
+    if args.method in etw.NEED_REFERENCE:
+        given["reference"] = of_tokens([known for *_, known in rows], lengths, torch.float32, device)
     weights = []
 
     def coefficients(chunk, logprobs, entropy, mask):
-        some = rows[chunk]
-        spans = reference = None
-        if args.method == "spans":
-            spans = pad_sequence([torch.tensor(s.informative or [False]) for _, s, _ in some], batch_first=True)
-        if args.method in ("tnpo", "npo"):
-            reference = pad_sequence([torch.zeros(1) if r is None else r for *_, r in some], batch_first=True)
-        spans, reference = (None if t is None else resized(t, mask) for t in (spans, reference))
-        w = etw.WEIGHTINGS[args.method](logprobs, entropy, mask, reference=reference, spans=spans, beta=beta_of(args))
+        some = {name: t[chunk, :mask.shape[1]] for name, t in given.items()}
+        w = etw.WEIGHTINGS[args.method](logprobs, entropy, mask, beta=beta_of(args), **some)
         weights.append(w[mask])
         return torch.where(forget[chunk, None], args.lam * w / max(1, counts[FORGET]), -1 / max(1, counts[RETAIN]))
 
@@ -133,9 +130,10 @@ def accumulate(decoder, rows, counts, args, dtype):
     return logprobs, entropy, torch.cat(weights), forget.repeat_interleave(torch.tensor(lengths, device=device))
 
 
-def resized(tensor, mask):
-    """(b, s) cut or zero-padded to the mask's (b, t), on its device."""
-    return torch.nn.functional.pad(tensor, (0, mask.shape[1] - tensor.shape[1])).to(mask.device)
+def of_tokens(known, lengths, dtype, device):
+    """What is known of the answer tokens of some rows, a list or tensor each, as (B, T); zeros where there is None."""
+    known = [torch.zeros(n) if values is None else torch.as_tensor(values) for values, n in zip(known, lengths, strict=True)]
+    return pad_sequence([values.to(dtype) for values in known], batch_first=True).to(device)
 
 
 def train_step(decoder, optimizer, rows, lr, args, dtype):
@@ -347,7 +345,7 @@ def run(args):
         raise InputError(f"{args.model}: its predictions are not finite: its weights are broken; fetch the model again")
     answered = {name: evaluate.answers(decoder, tokenizer, rows, dtype) for name, rows in shown.items()}
     starting = [None] * len(sequences["forget"])
-    if args.method in ("tnpo", "npo"):  # computed once: no reference model stays in memory
+    if args.method in etw.NEED_REFERENCE:  # computed once: no reference model stays in memory
         found = evaluate.answer_tokens(decoder, sequences["forget"], dtype, bar="starting log p")
         starting = [torch.from_numpy(numbers[0]).float() for numbers in found]
 

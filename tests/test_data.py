@@ -65,7 +65,7 @@ def test_targets_are_the_next_tokens_and_the_mask_is_the_answer_with_its_end_tok
     assert batch.inputs.tolist() == [[1, 2, 3, 4, 6, 7, 8], [1, 2, 5, 6, 9, 0, 0]]
     assert batch.targets.tolist() == [[2, 3, 4, 6, 7, 8, 0], [2, 5, 6, 9, 0, 0, 0]]
     assert batch.mask.int().tolist() == [[0, 0, 0, 0, 1, 1, 1], [0, 0, 0, 1, 1, 0, 0]]
-    assert batch.spans.int().tolist() == [[0, 0, 0, 0, 0, 1, 0], [0] * 7]
+    assert [s.informative for s in sequences] == [[False, True, False], None]
     assert batch.lengths.tolist() == [7, 5]
 
 

@@ -81,7 +81,7 @@ def rows(world):
     def encoded(kind):
         return data.encode(data.read_jsonl(world / f"{kind}.jsonl"), data.Tokenizer(world / "target"), 64)[0]
 
-    return [(train.FORGET, s, torch.full((len(s.tokens) - s.start,), -0.3)) for s in encoded("forget")] + [
+    return [(train.FORGET, s, -0.1 * torch.arange(s.row, s.row + len(s.tokens) - s.start)) for s in encoded("forget")] + [
         (train.RETAIN, s, None) for s in encoded("retain")]
 
 
@@ -90,12 +90,14 @@ def test_the_step_gradient_is_that_of_the_readable_losses_for_micro_batches_of_a
     """The mean of micro-batch means would be another number."""
     decoder, loss = model.load(world / "target"), 0
     for kind in (train.FORGET, train.RETAIN):
-        batch = data.collate([s for stream, s, _ in rows if stream == kind])
-        logprobs, entropy, reference = (torch.zeros(batch.mask.shape).masked_scatter(batch.mask, x) for x in (
-            *etw.token_stats(decoder.hidden(batch.inputs)[batch.mask], decoder.head, batch.targets[batch.mask], 1.5),
-            torch.full((int(batch.mask.sum()),), -0.3)))
+        some = [(s, known) for stream, s, known in rows if stream == kind]
+        batch = data.collate([s for s, _ in some])
+        logprobs, entropy = (torch.zeros(batch.mask.shape).masked_scatter(batch.mask, x) for x in etw.token_stats(
+            decoder.hidden(batch.inputs)[batch.mask], decoder.head, batch.targets[batch.mask], 1.5))
         if kind == train.FORGET:
-            w = etw.WEIGHTINGS[method](logprobs, entropy, batch.mask, reference=reference, spans=batch.spans)
+            reference, spans = (torch.zeros(batch.mask.shape, dtype=x.dtype).masked_scatter(batch.mask, x) for x in (
+                torch.cat([known for _, known in some]), torch.tensor(sum((s.informative for s, _ in some), []))))
+            w = etw.WEIGHTINGS[method](logprobs, entropy, batch.mask, reference=reference, spans=spans)
             loss += 0.3 * etw.forget_loss(logprobs, w, batch.mask)
         else:
             loss += etw.retain_loss(logprobs, batch.mask)
