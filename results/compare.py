@@ -3,6 +3,7 @@
     python results/compare.py sweep                      eight λ and two learning rates for every method
     python results/compare.py repeat --seeds 1 2 3       each method's best setting with other seeds
     python results/compare.py tables
+    python results/compare.py grid --lr 3e-4             every run of one learning rate after its last epoch
     python results/compare.py plot                       results/tradeoff.svg; needs matplotlib
 
 All read and write results/sweep.jsonl (seed 0) and results/seeds.jsonl: the first line is the target, each other one epoch
@@ -147,20 +148,34 @@ def tables(args):
         mild = [r["-log10 FQ"] for r in own if loss_of(r) <= 5]
         best = min(good, key=loss_of) if good else None
         product = min((r["-log10 FQ"] * max(0, loss_of(r)) for r in good), default=None)
-        cells = [f"{loss_of(best):.2f}", f"{best['lambda']:.3g}, {best['lr']:g}, {best['epoch']}"] if best else ["–", "–"]
+        cells = [f"{loss_of(best):.2f}", setting_of(best)] if best else ["–", "–"]
         cells += [f"{min(mild):.2f}" if mild else "–", "–" if product is None else f"{product:.2f}"]
         print(f"| {method} | " + " | ".join(cells) + " |")
-    if seeds:
-        print("\n| method | −log10 FQ: median (least – most) | utility lost: median (least – most) | reached FQ ≥ 0.05 |")
-        print("|---|---|---|---|")
-        for method in etw.WEIGHTINGS:
-            pick = chosen(sweep, method, args.within)
-            same = ("method", "strength", "lr", "epoch")
-            own = [r for r in seeds if "forget quality" in r and all(r[k] == pick[k] for k in same)]
-            if own:
-                spread = [f"{np.median(v):.2f} ({min(v):.2f} – {max(v):.2f})" for v in
-                          ([r["-log10 FQ"] for r in own], [loss_of(r) for r in own])]
-                print(f"| {method} | {' | '.join(spread)} | {sum(r['forget quality'] >= ENOUGH for r in own)} of {len(own)} |")
+    print("\n| method | λ, lr, epoch | seed 0: −log10 FQ, points lost | other seeds: −log10 FQ, median (least – most) "
+          f"| points lost | FQ ≥ {ENOUGH} |")
+    print("|---|---|---|---|---|---|")
+    for method in etw.WEIGHTINGS:
+        pick = chosen(sweep, method, args.within)
+        own = [r for r in seeds if all(r.get(k) == pick[k] for k in ("method", "strength", "lr", "epoch"))]
+        spread = [f"{np.median(v):.2f} ({min(v):.2f} – {max(v):.2f})" for v in
+                  ([r["-log10 FQ"] for r in own], [loss_of(r) for r in own]) if v] or ["–", "–"]
+        print(f"| {method} | {setting_of(pick)} | {pick['-log10 FQ']:.2f}, {loss_of(pick):.2f} | {' | '.join(spread)} "
+              f"| {sum(r['forget quality'] >= ENOUGH for r in own)} of {len(own)} |")
+
+
+def setting_of(record):
+    return f"{record['lambda']:.3g}, {record['lr']:g}, {record['epoch']}"
+
+
+def grid(args):
+    """A table of the last epoch: a row a method, a column a strength, at the first learning rate of --lr."""
+    records = [r for r in read(args.sweep, args.over) if r.get("epoch") == args.epochs and r["lr"] == args.lr[0]]
+    print("| method | " + " | ".join(f"s = {s:.3g}" for s in args.strengths) + " |")
+    print("|---" * (len(args.strengths) + 1) + "|")
+    for method in args.methods:
+        found = {r["strength"]: f"{r['forget probability']:.2g}, {r['-log10 FQ']:.1f}, {loss_of(r):.1f}"
+                 for r in records if r["method"] == method}
+        print(f"| {method} | " + " | ".join(found.get(s, "–") for s in args.strengths) + " |")
 
 
 def plot(args):
@@ -184,7 +199,7 @@ def plot(args):
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("task", choices=("sweep", "repeat", "tables", "plot"))
+    p.add_argument("task", choices=("sweep", "repeat", "tables", "grid", "plot"))
     p.add_argument("--sweep", default="results/sweep.jsonl")
     p.add_argument("--repeats", default="results/seeds.jsonl")
     p.add_argument("--plot", default="results/tradeoff.svg")
@@ -193,8 +208,8 @@ def main(argv=None):
     p.add_argument("--every", type=int, default=4, help="epochs between measurements")
     p.add_argument("--batch-size", type=int, default=16)
     p.add_argument("--rows", type=int, default=50, help="rows of each utility set that an epoch measures")
-    p.add_argument("--strengths", type=float, nargs="+", default=STRENGTHS, help="s = λ · mean ω at the start, for sweep")
-    p.add_argument("--lr", type=float, nargs="+", default=RATES, help="learning rates, for sweep")
+    p.add_argument("--strengths", type=float, nargs="+", default=STRENGTHS, help="s = λ · mean ω at the start, for sweep and grid")
+    p.add_argument("--lr", type=float, nargs="+", default=RATES, help="learning rates, for sweep; the first for grid")
     p.add_argument("--methods", nargs="+", default=list(etw.WEIGHTINGS))
     p.add_argument("--part", type=int, default=0, help="with --parts: run every so many-th setting, to share a sweep out")
     p.add_argument("--parts", type=int, default=1)
@@ -215,7 +230,7 @@ def main(argv=None):
     elif args.task == "repeat":
         do_runs(args, [(r["method"], r["strength"], r["lr"], seed) for seed in args.seeds for r in picks], args.repeats)
     else:
-        {"tables": tables, "plot": plot}[args.task](args)
+        {"tables": tables, "grid": grid, "plot": plot}[args.task](args)
 
 
 if __name__ == "__main__":

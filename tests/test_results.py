@@ -5,7 +5,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "results"))
 import compare
+import pytest
 import tofu
+
+ROOT = Path(__file__).resolve().parents[1]
+TOFU = ["--sweep", "results/tofu-sweep.jsonl", "--repeats", "results/tofu-seeds.jsonl", "--over", "retain"]
 
 
 def record(quality, lost, **more):
@@ -37,3 +41,17 @@ def test_a_word_of_a_tofu_answer_is_informative_where_only_the_wrong_answers_dro
     row = {"answer": "Ada was born in Tarnow.", "paraphrased_answer": "Tarnow is where Ada was born.",
            "perturbed_answer": [f"{city} is where Ada was born." for city in ("Oslo", "Lima", "Bern", "Pune", "Kyiv")]}
     assert [row["answer"][a:b] for a, b in tofu.informative(row)] == ["Tarnow"]
+
+
+@pytest.mark.parametrize("command", [
+    ["tables"], ["grid", "--lr", "3e-4"], ["tables", *TOFU], ["tables", "--within", "5", *TOFU],
+    ["grid", "--lr", "3e-4", "--epochs", "6", "--strengths", *"0.001 0.003 0.01 0.03 0.1 0.3 1 3 10".split(), *TOFU],
+], ids=["bundled tables", "bundled grid", "TOFU tables", "TOFU tables within a bound", "TOFU grid"])
+def test_every_row_of_the_comparison_tables_is_what_the_committed_runs_give(command, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    compare.main(command)
+    printed = capsys.readouterr().out.strip()
+    assert printed.count("\n") > 8
+    assert set(printed.split("\n")) - {""} <= set((ROOT / "results/README.md").read_text("utf-8").split("\n"))
+    if command[0] == "tables" and "--within" not in command:
+        assert printed.split("\n\n")[1] in (ROOT / "README.md").read_text("utf-8")
