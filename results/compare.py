@@ -1,234 +1,340 @@
-"""Every weighting under the same budget: a sweep, tables of it, and the trade-off curves.
+"""Every weighting under the same budget, held against the model that was never taught.
 
-    python results/compare.py sweep                      eight λ and two learning rates for every method
-    python results/compare.py repeat --seeds 1 2 3       each method's best setting with other seeds
+    python results/compare.py sweep                  eight λ and two learning rates for every method
+    python results/compare.py repeat --seeds 1 2 3   each method's chosen setting with other seeds
     python results/compare.py tables
-    python results/compare.py grid --lr 3e-4             every run of one learning rate after its last epoch
-    python results/compare.py plot                       results/tradeoff.svg; needs matplotlib
+    python results/compare.py grid --lr 3e-4         every run at one learning rate
+    python results/compare.py plot                   results/ends.svg: where each method ends up
 
-All read and write results/sweep.jsonl (seed 0) and results/seeds.jsonl: the first line is the target, each other one epoch
-of one run; finished runs are skipped, so what was stopped goes on. The mean weight at the start differs by orders of
-magnitude between methods (imp 0.0005, wga 1), so the grid is laid over s = λ · mean ω at the start, with the same span for
-each.
+All read and write results/sweep.jsonl (seed 0) and results/seeds.jsonl. The first two lines are
+the target and the retrained model, each other one a run after its last epoch (with --every N, also
+after every N epochs). A run's lines are written when it ends and finished runs are skipped, so what
+was killed goes on. The mean weight at the start differs by orders of magnitude between methods (imp
+.0005, wga 1), so the grid is laid over s = λ · mean ω at the start, with the same span for each
+(a negative ω, which keeps a token, counts as 0: s is the strength of the push).
+
+The rule of choice, written down before any run. Of a method's runs with seed 0, the one with the
+smallest `distance` (mean |log p − log p_retrained| over the answer tokens of the forget set)
+1. among those that lost at most 2 points of model utility and leave at most 5 % of the answers
+   endless; where there are none
+2. among those that lost at most 5 points; where there are none
+3. among all.
 """
 import argparse
-import copy
 import json
+import statistics
 import sys
-from argparse import Namespace
+import time
 from pathlib import Path
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from scatter import svg_scatter
+
+import cli
 import data
 import etw
-import evaluate
-import model
+import measure
+import metrics
+import pretrained
 import train
 
-STRENGTHS = (1e-4, 1e-3, 1e-2, 10**-1.5, 1e-1, 10**-0.5, 1.0, 10**0.5)  # s = λ · mean ω at the start
+STRENGTHS = (1e-4, 1e-3, 1e-2, 10**-1.5, 1e-1, 10**-0.5, 1.0, 10**0.5)  # λ · mean ω at the start
 RATES = (3e-4, 1e-3)
-ENOUGH = 0.05  # forget quality from which a model counts as one that forgot
+MAX_LENGTH = 512  # tokens of a row
+SETTING = "method", "strength", "lr", "epochs"  # what is chosen, beside the epoch
+COLUMNS = {  # of a table: what metrics.summarise calls it, its heading
+    "-log10 FQ": "−log10 FQ", "utility lost": "points lost",
+    "forget informative NLL": "informative", "forget other NLL": "other",
+    "talk": "talk", "endless": "endless", "distance": "distance"}
 
 
-class World:
-    """The data sets, the target model and the retain model's yardsticks: all that a run shares with the others."""
-
-    def __init__(self, args):
-        self.target = model.load(args.model)
-        self.tokenizer = data.Tokenizer(args.model, args.template)
-        sets = {"forget": args.forget, "retain": args.retain} | {Path(f).stem: f for f in args.facts}
-        self.sets = {name: data.read_jsonl(path) for name, path in sets.items()}
-        self.options = [Path(f).stem for f in args.facts]
-        measured = data.read_jsonl(args.retain_measured) if args.retain_measured else self.sets["retain"]
-        self.measured = {name: rows[::-(-len(rows) // args.rows)] for name, rows in (self.sets | {"retain": measured}).items()
-                         if name != "forget"} | {"forget": self.sets["forget"]}
-        self.length = min(self.target.config.max_position_embeddings, 512)
-        self.sequences = {k: data.encode(self.sets[k], self.tokenizer, self.length)[0] for k in ("forget", "retain")}
-        self.starting = [torch.from_numpy(t[0]).float() for t in evaluate.answer_tokens(self.target, self.sequences["forget"])]
-        retrained = model.load(args.reference)
-        self.reference = {"forget": self.score(retrained, "forget", text=False)}
-        self.start = self.measure(self.target)
-
-    def score(self, decoder, name, text=True):
-        return evaluate.score(decoder, self.tokenizer, self.measured[name], self.length, options=name in self.options, text=text)
-
-    def measure(self, decoder):
-        """Forget quality and probability on the whole forget set, model utility on a sample of each utility set."""
-        found = evaluate.summarise({name: self.score(decoder, name, text=name != "forget") for name in self.measured},
-                                   getattr(self, "start", None), self.reference)
-        return {k: v for k, v in found.items() if not k.startswith("weights")}
-
-    def mean_weight(self, method):
-        """Mean ω of the target model over all forget tokens."""
-        sequences = self.sequences["forget"]
-        tokens = evaluate.answer_tokens(self.target, sequences)
-        return float(np.concatenate([evaluate.weigh(method, s, t, t) for s, t in zip(sequences, tokens, strict=True)]).mean())
-
-    def run(self, method, lam, lr, seed, epochs, batch_size, every):
-        """Unlearn from the target with train.py's own step; yields (epoch, measurements)."""
-        args = Namespace(method=method, lam=lam, beta=None, temperature=1.0, batch_size=batch_size, micro_batch_size=None, lr=lr,
-                         weight_decay=train.parse_args([]).weight_decay, clip=train.parse_args([]).clip, seed=seed)
-        decoder = copy.deepcopy(self.target)
-        optimizer = train.make_optimizer(decoder, args)
-        forget, retain = self.sequences["forget"], self.sequences["retain"]
-        steps = -(-len(forget) // batch_size)
-        for step in range(epochs * steps):
-            rows = [(kind, forget[i], self.starting[i]) if kind == train.FORGET else (kind, retain[i], None)
-                    for kind, i in train.step_rows(step, forget, retain, args)]
-            rate = train.learning_rate(step, epochs * steps, steps, lr)
-            try:
-                train.train_step(decoder, optimizer, rows, rate, args, torch.float32)
-            except FloatingPointError:
-                return
-            if (step + 1) % (every * steps) == 0:
-                yield (step + 1) // steps, self.measure(decoder)
+# ---- Runs
 
 
-def do_runs(args, wanted, out):
-    """Append the measured epochs of each wanted (method, strength, lr, seed) to a file, skipping the runs already there."""
-    done = {(r["method"], r["strength"], r["lr"], r["seed"]) for r in read(out) if r["method"] != "target"}
+class Experiment:
+    """What the runs share: rows to train on, rows to measure, what they are held against."""
+
+    def __init__(self, args, methods):
+        self.args = args
+        self.device, self.dtype = cli.pick_device(args.device, "auto")
+        target = pretrained.load(args.model, self.device)
+        tokenizer = data.Tokenizer(target.files.folder, args.template)
+        length = min(target.config.max_position_embeddings, MAX_LENGTH)
+        taught, measured, options = read_sets(args)
+        self.taught = measure.World(taught, tokenizer, length, dtype=self.dtype)
+        self.measured = measure.World(measured, tokenizer, length, options=options,
+                                      dtype=self.dtype)
+        if any(map(etw.needs_start, methods)):
+            self.taught.starting = self.taught.starting_stats(target)
+
+        self.retrained, self.target = pretrained.load(args.reference, self.device), None
+        self.reference = self.measured.measure(self.retrained)
+        scores = self.measured.measure(target)
+        self.target = self.summary(scores)
+        self.mean_weights = {method: mean_weight(method, scores["forget"]) for method in methods}
+
+    def summary(self, scores):
+        """The measurements of a model, {column: number}, ready for a line of the file."""
+        scores["forget"].talk = self.measured.talk(self.retrained, scores["forget"])
+        return cli.plain(metrics.summarise(scores, self.target, self.reference))
+
+    def yardsticks(self):
+        """The first lines of a file: what all runs start from, and where they should end."""
+        return [{"method": "target"} | self.target,
+                {"method": "retrained"} | self.summary(self.reference)]
+
+    def run(self, recipe):
+        """Unlearn; yields (epoch, measurements). FloatingPointError if a number is not finite."""
+        decoder = pretrained.load(self.args.model, self.device)
+        optimizer = train.make_optimizer(decoder, recipe)
+        an_epoch = recipe.steps_an_epoch(self.taught)
+        records = train.steps(decoder, optimizer, self.taught, recipe)
+        for record in tqdm(records, recipe.method, recipe.epochs * an_epoch, False, disable=None):
+            epoch, inside = divmod(record["step"], an_epoch)
+            last = epoch == recipe.epochs
+            if not inside and (last or (self.args.every and epoch % self.args.every == 0)):
+                scores = self.measured.measure(decoder)
+                if not all(own.finite for own in scores.values()):
+                    raise FloatingPointError("the predictions")
+                yield epoch, self.summary(scores)
+
+
+def read_sets(args):
+    """(sets to train on, sets to measure, names of those whose wrong answers are options).
+
+    Of a utility set --rows rows are measured; of the forget set all.
+    """
+    facts = {Path(file).stem: data.read_jsonl(file) for file in args.facts}
+    taught = {"forget": data.read_jsonl(args.forget), "retain": data.read_jsonl(args.retain)}
+    retain = data.read_jsonl(args.retain_measured) if args.retain_measured else taught["retain"]
+    utility = {"retain": retain} | facts
+    measured = {"forget": taught["forget"]}
+    measured |= {name: measure.thin(rows, args.rows) for name, rows in utility.items()}
+    if args.holdout:
+        measured["holdout"] = data.read_jsonl(args.holdout)
+    return taught, measured, list(facts)
+
+
+def mean_weight(method, scores):
+    """Mean max(0, ω) of a method over all forget tokens; scores: the starting model's."""
+    pairs = zip(scores.sequences, scores.tokens, strict=True)
+    weights = [metrics.token_weights(method, s, tokens, tokens) for s, tokens in pairs]
+    return float(sum(w.clip(0).sum() for w in weights) / sum(map(len, weights)))
+
+
+def do_runs(args, wanted, path):
+    """Append each wanted (method, strength, lr, epochs, seed) to a file, unless it is there."""
+    done = {key_of(r)[:-1] for r in read(path) if r.get("epoch") in (0, r.get("epochs"))}
+    wanted = [w for w in wanted[args.part::args.parts] if w not in done]
+    if not wanted:
+        return note(f"{path}: nothing left to run")
     torch.set_num_threads(args.threads)
-    world = World(args)
-    means = {method: world.mean_weight(method) for method in etw.WEIGHTINGS}
-    print(json.dumps({"mean weight at the start": means}), file=sys.stderr)
-    if not Path(out).exists():
-        append(out, [{"method": "target"} | world.start])
-    wanted = [w for i, w in enumerate(wanted) if i % args.parts == args.part and tuple(w) not in done]
-    for method, strength, lr, seed in tqdm(wanted, desc="runs"):
-        lam = strength / means[method]
-        setting = {"method": method, "strength": strength, "lambda": lam, "lr": lr, "seed": seed}
-        runs = world.run(method, lam, lr, seed, args.epochs, args.batch_size, args.every)
-        lines = [setting | {"epoch": epoch} | found for epoch, found in runs] or [setting | {"epoch": 0, "diverged": True}]
-        append(out, lines)
+    experiment = Experiment(args, {method for method, *_ in wanted})
+    note(f"mean weight at the start: {json.dumps(experiment.mean_weights)}")
+    if len(read(path)) < 2:
+        append(path, experiment.yardsticks())
+    for number, (method, strength, lr, epochs, seed) in enumerate(wanted, 1):
+        recipe = train.Recipe(method=method, lam=strength / experiment.mean_weights[method], lr=lr,
+                              epochs=epochs, seed=seed, batch_size=args.batch_size,
+                              micro_batch_size=args.micro_batch_size, dtype=experiment.dtype)
+        setting = {"method": method, "strength": strength, "lambda": recipe.lam, "lr": lr,
+                   "epochs": epochs, "seed": seed}
+        began, lines = time.perf_counter(), []
+        try:
+            for epoch, measurements in experiment.run(recipe):
+                lines.append(setting | {"epoch": epoch} | measurements)
+        except FloatingPointError:
+            lines.append(setting | {"epoch": 0, "diverged": True})
+        append(path, lines)
+        figures = ", ".join(f"{name} {show(lines[-1].get(key))}" for key, name in COLUMNS.items())
+        note(f"{number} of {len(wanted)}: {method} λ {recipe.lam:.3g}, lr {lr:g}, seed {seed}, "
+             f"{time.perf_counter() - began:.0f} s: {figures}")
+    return None
+
+
+def note(line):
+    print(line, file=sys.stderr, flush=True)
+
+
+# ---- The files
+
+
+def key_of(record):
+    return tuple(record.get(name) for name in (*SETTING, "seed", "epoch"))
 
 
 def append(path, records):
-    with open(path, "a") as file:
-        file.writelines(json.dumps(record) + "\n" for record in records)
+    """Add lines, on a line of their own also where a kill has torn the last one."""
+    with open(path, "a+b") as file:
+        file.seek(max(0, file.tell() - 1))
+        torn = file.read() not in (b"", b"\n")
+        lines = "".join(json.dumps(record) + "\n" for record in records)
+        file.write((torn * "\n" + lines).encode())
 
 
 def read(path, over=()):
-    """The records of a file; with the names of utility sets, the utility lost is that of those sets alone."""
-    records = [json.loads(line) for line in Path(path).read_text().splitlines()] if Path(path).exists() else []
-    if over and records:
-        def utility(record):
-            parts = ("probability", "rouge", "truth_ratio")
-            return evaluate.model_utility([record[f"{name} {part}"] for name in over for part in parts])
-        for r in records:
-            if "forget quality" in r:
-                r["utility lost"] = 100 * (utility(records[0]) - utility(r))
+    """The records of a file. over: the utility sets that the utility lost is counted over, or all.
+
+    A line that a kill has torn is skipped: its run is done again.
+    """
+    records = {}
+    for line in Path(path).read_text("utf-8").splitlines() if Path(path).exists() else ():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        records[key_of(record)] = record
+    records = list(records.values())
+    if over:
+        start = utility(records[0], over) if records else None
+        for record in records:
+            if "utility lost" in record:
+                record["utility lost"] = 100 * (start - utility(record, over))
     return records
 
 
-def loss_of(record):
-    return record.get("utility lost", float("inf"))
+def utility(record, names):
+    parts = ("probability", "rouge", "truth_ratio")
+    values = [record[f"{name} {part}"] for name in names for part in parts]
+    return float(metrics.model_utility(values))
 
 
-def chosen(records, method, within=None):
-    """The epoch of a run that forgot (quality >= ENOUGH) with the least utility lost, else the one of best forget quality;
-    with a number of points, the one of best forget quality among those that lost no more, where there is one."""
-    own = [r for r in records if r["method"] == method and "forget quality" in r]
-    good = [r for r in own if r["forget quality"] >= ENOUGH and within is None]
-    mild = [r for r in own if within is not None and loss_of(r) <= within]
-    return min(good, key=loss_of) if good else min(mild or own, key=lambda r: r["-log10 FQ"])
+# ---- What they say
 
 
-def tables(args):
-    sweep, seeds = read(args.sweep, args.over), read(args.repeats, args.over)
-    print(f"| method | least utility lost with FQ ≥ {ENOUGH} | λ, lr, epoch | best −log10 FQ with ≤ 5 points lost "
-          "| paper's product |")
-    print("|---|---|---|---|---|")
-    for method in etw.WEIGHTINGS:
-        own = [r for r in sweep if r["method"] == method and "forget quality" in r]
-        good = [r for r in own if r["forget quality"] >= ENOUGH]
-        mild = [r["-log10 FQ"] for r in own if loss_of(r) <= 5]
-        best = min(good, key=loss_of) if good else None
-        product = min((r["-log10 FQ"] * max(0, loss_of(r)) for r in good), default=None)
-        cells = [f"{loss_of(best):.2f}", setting_of(best)] if best else ["–", "–"]
-        cells += [f"{min(mild):.2f}" if mild else "–", "–" if product is None else f"{product:.2f}"]
-        print(f"| {method} | " + " | ".join(cells) + " |")
-    print("\n| method | λ, lr, epoch | seed 0: −log10 FQ, points lost | other seeds: −log10 FQ, median (least – most) "
-          f"| points lost | FQ ≥ {ENOUGH} |")
-    print("|---|---|---|---|---|---|")
-    for method in etw.WEIGHTINGS:
-        pick = chosen(sweep, method, args.within)
-        own = [r for r in seeds if all(r.get(k) == pick[k] for k in ("method", "strength", "lr", "epoch"))]
-        spread = [f"{np.median(v):.2f} ({min(v):.2f} – {max(v):.2f})" for v in
-                  ([r["-log10 FQ"] for r in own], [loss_of(r) for r in own]) if v] or ["–", "–"]
-        print(f"| {method} | {setting_of(pick)} | {pick['-log10 FQ']:.2f}, {loss_of(pick):.2f} | {' | '.join(spread)} "
-              f"| {sum(r['forget quality'] >= ENOUGH for r in own)} of {len(own)} |")
+def chosen(records, method):
+    """The setting of a method by the rule above; None if no run of it came to an end."""
+    own = [r for r in records if r["method"] == method and r.get("distance") is not None]
+    lean = [r for r in own if r["utility lost"] <= 2 and r["endless"] <= 0.05]
+    mild = [r for r in own if r["utility lost"] <= 5]
+    return min(lean or mild or own, key=lambda r: r["distance"], default=None)
+
+
+def others(records, pick):
+    """The runs of a chosen setting with other seeds, at its epoch."""
+    keys = *SETTING, "epoch"
+    return [r for r in records if pick and all(r.get(k) == pick[k] for k in keys)]
+
+
+def show(value):
+    return "–" if value is None else f"{value:.2f}"
+
+
+def spread(values):
+    values = [v for v in values if v is not None]
+    if not values:
+        return "–"
+    return f"{statistics.median(values):.2f} ({min(values):.2f} – {max(values):.2f})"
 
 
 def setting_of(record):
     return f"{record['lambda']:.3g}, {record['lr']:g}, {record['epoch']}"
 
 
+def row(*cells):
+    return "| " + " | ".join(cells) + " |"
+
+
+def tables(args):
+    """The chosen settings: what seed 0 gave beside the yardsticks, what other seeds give."""
+    sweep, seeds = read(args.sweep, args.over), read(args.repeats, args.over)
+    heading = row("method", "λ, lr, epoch", *COLUMNS.values()) + "\n" + "|---" * 9 + "|"
+    print(heading)
+    for record in sweep[:2]:
+        print(row(record["method"], "–", *(show(record.get(key)) for key in COLUMNS)))
+    picks = {method: chosen(sweep, method) for method in args.methods}
+    picks = {method: pick for method, pick in picks.items() if pick}
+    for method, pick in picks.items():
+        print(row(method, setting_of(pick), *(show(pick.get(key)) for key in COLUMNS)))
+    print("\n" + heading)
+    for method, pick in picks.items():
+        own = others(seeds, pick)
+        cells = [spread([r.get(key) for r in own]) for key in COLUMNS]
+        print(row(method, setting_of(pick), *cells))
+
+
 def grid(args):
-    """A table of the last epoch: a row a method, a column a strength, at the first learning rate of --lr."""
-    records = [r for r in read(args.sweep, args.over) if r.get("epoch") == args.epochs and r["lr"] == args.lr[0]]
-    print("| method | " + " | ".join(f"s = {s:.3g}" for s in args.strengths) + " |")
+    """The last epoch at the first rate of --lr: a row a method, a column a strength."""
+    keys = "forget informative NLL", "forget other NLL", "-log10 FQ", "utility lost"
+    cells = {(r["method"], r["strength"]): ", ".join(show(r.get(key)) for key in keys)
+             for r in read(args.sweep, args.over)
+             if r.get("epoch") == args.epochs == r["epochs"] and r["lr"] == args.lr[0]}
+    print(row("method", *(f"s = {s:.3g}" for s in args.strengths)))
     print("|---" * (len(args.strengths) + 1) + "|")
     for method in args.methods:
-        found = {r["strength"]: f"{r['forget probability']:.2g}, {r['-log10 FQ']:.1f}, {loss_of(r):.1f}"
-                 for r in records if r["method"] == method}
-        print(f"| {method} | " + " | ".join(found.get(s, "–") for s in args.strengths) + " |")
+        print(row(method, *(cells.get((method, s), "–") for s in args.strengths)))
 
 
 def plot(args):
-    """Forgetting against damage: for each method the best −log10 FQ reached within every bound on the utility lost."""
-    import matplotlib
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "etw"
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    records = [r for r in read(args.sweep, args.over) if "forget quality" in r]
-    for i, method in enumerate(etw.WEIGHTINGS):
-        points = sorted((loss_of(r), r["-log10 FQ"]) for r in records if r["method"] == method)
-        best = np.minimum.accumulate([fq for _, fq in points])
-        axes.step([x for x, _ in points], best, where="post", label=method, color=f"C{i}", linewidth=3 if method == "etw" else 1.5)
-    axes.axhline(-np.log10(ENOUGH), color="grey", linestyle=":", linewidth=1)
-    axes.text(11, -np.log10(ENOUGH), "forgotten below this line: p ≥ 0.05", color="grey", va="top", ha="right", fontsize=8)
-    axes.set(xlim=(-2, 12), ylim=(0, 10), xlabel="model utility lost, points", ylabel="best −log10 forget quality so far")
-    axes.legend(fontsize=8)
-    figure.savefig(args.plot, metadata={"Date": None})
+    """Where each method ends up inside a forgotten answer: facts (x) against the rest (y)."""
+    sweep, seeds = read(args.sweep, args.over), read(args.repeats, args.over)
+
+    def place(record, name="forget"):
+        return [record.get(f"{name} informative NLL"), record.get(f"{name} other NLL")]
+
+    goals = {"retrained: the goal": place(sweep[1]), "never taught": place(sweep[0], "holdout")}
+    groups = {}
+    for method in args.methods:
+        if pick := chosen(sweep, method):
+            groups[method] = [place(r) for r in (pick, *others(seeds, pick))]
+    cli.write_text(args.plot, svg_scatter(
+        groups, goals, "NLL of the facts in forgotten answers, nats a token",
+        "NLL of the words around them"))
+
+
+# ---- The command line
+
+
+def parse_args(argv):
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = p.add_argument
+    add("task", choices=("sweep", "repeat", "tables", "grid", "plot"))
+    add("--sweep", metavar="FILE", default="results/sweep.jsonl")
+    add("--repeats", metavar="FILE", default="results/seeds.jsonl")
+    add("--plot", metavar="FILE", default="results/ends.svg")
+    add("--methods", nargs="+", choices=etw.WEIGHTINGS, default=list(etw.WEIGHTINGS))
+    add("--strengths", type=float, nargs="+", default=STRENGTHS, help="s, for sweep and grid")
+    add("--lr", type=float, nargs="+", default=RATES, help="for sweep; the first one for grid")
+    add("--seeds", type=int, nargs="+", default=[1, 2, 3], help="for repeat")
+    add("--epochs", type=int, default=20, help="for sweep and grid")
+    add("--every", type=int, default=0, help="epochs between measurements; 0: only at the end")
+    add("--batch-size", type=int, default=16)
+    add("--micro-batch-size", type=int)
+    add("--part", type=int, default=0, help="with --parts: every so many-th run, to share them out")
+    add("--parts", type=int, default=1)
+    add("--threads", type=int, default=torch.get_num_threads())
+    add("--device", default="auto")
+    add("--model", default="weights/target")
+    add("--reference", default="weights/retain", help="the retrained model")
+    add("--template", choices=data.TEMPLATES, default="plain")
+    add("--forget", default="data/forget.jsonl")
+    add("--retain", default="data/retain.jsonl")
+    add("--retain-measured", help="rows with wrong answers, where those of --retain have none")
+    add("--facts", nargs="+", default=["data/facts.jsonl"], help="further utility sets")
+    add("--holdout", help="rows never taught; data/holdout.jsonl if the forget set is the bundled")
+    add("--rows", type=int, default=50, help="rows of each utility set that are measured")
+    add("--over", nargs="+", default=(), help="utility sets that count as lost; all unless given")
+    args = p.parse_args(argv)
+    if args.forget == "data/forget.jsonl":
+        args.holdout = args.holdout or "data/holdout.jsonl"
+    return args
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("task", choices=("sweep", "repeat", "tables", "grid", "plot"))
-    p.add_argument("--sweep", default="results/sweep.jsonl")
-    p.add_argument("--repeats", default="results/seeds.jsonl")
-    p.add_argument("--plot", default="results/tradeoff.svg")
-    p.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    p.add_argument("--epochs", type=int, default=20)
-    p.add_argument("--every", type=int, default=4, help="epochs between measurements")
-    p.add_argument("--batch-size", type=int, default=16)
-    p.add_argument("--rows", type=int, default=50, help="rows of each utility set that an epoch measures")
-    p.add_argument("--strengths", type=float, nargs="+", default=STRENGTHS, help="s = λ · mean ω at the start, for sweep and grid")
-    p.add_argument("--lr", type=float, nargs="+", default=RATES, help="learning rates, for sweep; the first for grid")
-    p.add_argument("--methods", nargs="+", default=list(etw.WEIGHTINGS))
-    p.add_argument("--part", type=int, default=0, help="with --parts: run every so many-th setting, to share a sweep out")
-    p.add_argument("--parts", type=int, default=1)
-    p.add_argument("--threads", type=int, default=torch.get_num_threads())
-    p.add_argument("--model", default="weights/target")
-    p.add_argument("--reference", default="weights/retain")
-    p.add_argument("--forget", default="data/forget.jsonl")
-    p.add_argument("--retain", default="data/retain.jsonl")
-    p.add_argument("--retain-measured", help="rows with wrong answers to measure on, where --retain has none")
-    p.add_argument("--facts", nargs="+", default=["data/facts.jsonl"])
-    p.add_argument("--over", nargs="+", default=(), help="utility sets that the utility lost is taken over; all where not given")
-    p.add_argument("--within", type=float, help="repeat and tabulate the best forget quality with at most so many points lost")
-    p.add_argument("--template", default="plain")
-    args = p.parse_args(argv)
-    picks = [chosen(read(args.sweep, args.over), m, args.within) for m in args.methods] if args.task == "repeat" else []
+    args = parse_args(argv)
     if args.task == "sweep":
-        do_runs(args, [(method, s, lr, 0) for lr in args.lr for s in args.strengths for method in args.methods], args.sweep)
+        wanted = [(method, strength, lr, args.epochs, 0)
+                  for lr in args.lr for strength in args.strengths for method in args.methods]
+        do_runs(args, wanted, args.sweep)
     elif args.task == "repeat":
-        do_runs(args, [(r["method"], r["strength"], r["lr"], seed) for seed in args.seeds for r in picks], args.repeats)
+        sweep = read(args.sweep, args.over)
+        picks = [pick for method in args.methods if (pick := chosen(sweep, method))]
+        wanted = [(*(pick[key] for key in SETTING), seed) for seed in args.seeds for pick in picks]
+        do_runs(args, wanted, args.repeats)
     else:
         {"tables": tables, "grid": grid, "plot": plot}[args.task](args)
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import models, pre_tokenizers, processors
 
 import data
-from model import InputError
+from cli import InputError
 
 QUESTION, ANSWER = "Where was Ada born?", "Ada was born in Oru."
 
@@ -246,7 +246,7 @@ def test_the_end_token_is_the_tokenizers_else_the_first_of_the_configuration(tmp
     ({"config.json": '{"eos_token_id": 1, "vocab_size": 2}'}, "plain", "3 tokens, but the model's embedding has 2"),
     ({"tokenizer_config.json": '{"eos_token": "z"}'}, "plain", "no end token 'z'"),
     ({}, "llama3", "no end token '<|eot_id|>': choose another --template"), ({}, "chatml", "no end token '<|im_end|>'"),
-    ({"tokenizer.json": None}, "plain", "no tokenizer.json"),
+    ({"tokenizer.json": None}, "plain", "tokenizer.json: cannot be read (No such file"),
     *(({f"{name}.json": "{]"}, "plain", f"/{name}.json: ") for name in ("tokenizer", "tokenizer_config", "config")),
 ])
 def test_a_tokenizer_that_is_broken_or_does_not_fit_the_model_is_refused(tmp_path, files, template, message):

@@ -1,5 +1,10 @@
 """The weighting maths: properties of the method, its closed-form gradient, and the loop written from the paper."""
 import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +14,8 @@ from hypothesis.extra.numpy import array_shapes, arrays
 from torch.testing import assert_close
 
 import etw
+
+ROOT = Path(etw.__file__).parent
 
 
 @st.composite
@@ -32,8 +39,9 @@ def problems(draw, size=20.0):
 
 def every_weighting(logprobs, mask, entropy):
     """{name: weights} of all methods on the same tokens, with made-up reference and spans."""
-    known = {"reference": logprobs.detach() * 0.5, "spans": mask & (torch.arange(mask.shape[1]) % 2 == 0)}
-    return {name: weigh(logprobs, entropy, mask, **known) for name, weigh in etw.WEIGHTINGS.items()}
+    spans = mask & (torch.arange(mask.shape[1]) % 2 == 0)
+    tokens = etw.Tokens(logprobs, entropy, mask, logprobs.detach() * 0.5, spans, entropy**2)
+    return {name: etw.weigh(name, tokens) for name in etw.WEIGHTINGS}
 
 
 # ---- token statistics
@@ -92,6 +100,35 @@ def test_bfloat16_inputs_are_measured_in_float32():
     assert [entropy.item(), -logprobs.item()] == pytest.approx([math.log(32_000)] * 2, rel=1e-4)
 
 
+@given(problems(), st.sampled_from([0.5, 1.0, 3.0]))
+def test_the_numbers_from_logits_are_those_from_hidden_states(problem, temperature):
+    hidden, head, targets = problem
+    expected = etw.token_stats(hidden, head, targets, temperature)
+    assert_close(etw.logit_stats(hidden @ head.T, targets, temperature), expected, rtol=0, atol=0)
+
+
+def test_logits_of_more_rows_than_a_piece_give_the_same_numbers_and_gradients_as_each_row_alone():
+    logits = torch.randn(600, 7, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    targets = torch.arange(600) % 7
+    alone = [etw.logit_stats(logits[i:i + 1], targets[i:i + 1]) for i in range(600)]
+    for together, single in zip(etw.logit_stats(logits, targets), zip(*alone, strict=True), strict=True):
+        assert_close(together, torch.cat(single))
+    expected = torch.nn.functional.one_hot(targets, 7) - torch.softmax(logits, -1)
+    grad = torch.autograd.grad(etw.logit_stats(logits, targets)[0].sum(), logits)[0]
+    assert_close(grad, expected.detach(), atol=1e-6, rtol=1e-5)
+
+
+def test_labels_of_other_trainers_are_shifted_once_and_minus_100_is_no_token():
+    logits = torch.randn(2, 4, 5, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([[-100, -100, 3, 1], [-100, 2, -100, -100]])
+    logprobs, entropy, mask = etw.label_stats(logits, labels)
+    assert mask.tolist() == [[False, True, True], [True, False, False]]
+    for b, t, target in ((0, 1, 3), (0, 2, 1), (1, 0, 2)):
+        expected = etw.logit_stats(logits[b, t][None], torch.tensor([target]))
+        assert_close((logprobs[b, t], entropy[b, t]), (expected[0][0], expected[1][0]))
+    assert not logprobs[~mask].any() and not entropy[~mask].any()
+
+
 # ---- weights
 
 
@@ -133,10 +170,11 @@ def test_equal_confidence_with_unequal_entropy_is_weighed_apart_by_etw_alone():
 
 
 @given(masked(50))
-def test_every_weighting_is_finite_not_negative_and_zero_outside_the_mask(case):
+def test_every_weighting_is_finite_and_zero_outside_the_mask_and_only_keep_is_ever_negative(case):
     nll, mask = case
     for name, weights in every_weighting(-nll, mask, nll).items():
-        assert weights.shape == mask.shape and weights.isfinite().all() and (weights >= 0).all(), name
+        assert weights.shape == mask.shape and weights.isfinite().all(), name
+        assert name == "keep" or (weights >= 0).all(), name
         assert (weights[~mask] == 0).all(), name
 
 
@@ -151,48 +189,105 @@ def test_padding_changes_nothing_even_if_it_holds_nan(case, width):
     assert_close(etw.retain_loss(-wide, wide_mask), etw.retain_loss(-values, mask))
 
 
-FORMULAS = [  # weights of two tokens with p = 1/2 and 1/4, p_ref = 1/4 twice, H = 1 and 3, the second in a span
-    ("etw", None, [0.5, 1.5]), ("uniform", None, [1, 1]), ("spans", None, [0, 2]),
-    ("wga", None, [0.5, 0.25]), ("wga", 2.0, [0.25, 0.0625]), ("imp", None, [0.5, 0.75]), ("imp", 2.0, [0.25, 0.5625]),
-    ("satimp", None, [0.5**5 * 0.5**0.1, 0.25**5 * 0.75**0.1]), ("satimp", (1.0, 1.0), [0.25, 0.1875]),
-    ("tnpo", None, [2 * 0.5**4 / (0.5**4 + 0.25**4), 1]), ("tnpo", 1.0, [4 / 3, 1]),
-    ("npo", None, [2 * 0.5**0.1 / (0.5**0.1 + 0.25**0.1)] * 2), ("npo", 1.0, [4 / 3, 4 / 3]),
+# Weights of two tokens with p = 1/2 and 1/4, p_ref = 1/4 twice, H = 1 and 3 (before: 1 and 7), the
+# second in a span.
+FORMULAS = [
+    ("keep", (0.0, 1.0, 8.0), [0.25 * 2 / 3 - 8 * 0.75, 1.75 * 0.4]),
+    ("keep", (math.log(2), 4.0, 0.0), [0.25, 1.75 * 2 / 17]),
+    ("etw", (), [0.5, 1.5]), ("uniform", (), [1, 1]), ("spans", (), [0, 2]),
+    ("wga", (), [0.5, 0.25]), ("wga", (2.0,), [0.25, 0.0625]), ("imp", (), [0.5, 0.75]), ("imp", (2.0,), [0.25, 0.5625]),
+    ("satimp", (), [0.5**5 * 0.5**0.1, 0.25**5 * 0.75**0.1]), ("satimp", (1.0, 1.0), [0.25, 0.1875]),
+    ("tnpo", (), [2 * 0.5**4 / (0.5**4 + 0.25**4), 1]), ("tnpo", (1.0,), [4 / 3, 1]),
+    ("npo", (), [2 * 0.5**0.1 / (0.5**0.1 + 0.25**0.1)] * 2), ("npo", (1.0,), [4 / 3, 4 / 3]),
 ]
 
 
 @pytest.mark.parametrize("name, beta, expected", FORMULAS)
 def test_weights_are_those_of_the_table_of_formulas(name, beta, expected):
-    assert {row[0] for row in FORMULAS} == etw.WEIGHTINGS.keys()
     logprobs, entropy = torch.tensor([[0.5, 0.25]]).log(), torch.tensor([[1.0, 3.0]])
-    known = {"reference": torch.tensor([[0.25, 0.25]]).log(), "spans": torch.tensor([[False, True]])}
-    weights = etw.WEIGHTINGS[name](logprobs, entropy, torch.ones(1, 2, dtype=torch.bool), beta=beta, **known)
-    assert weights.tolist() == [pytest.approx(expected)]
-    if name == "spans":  # where no token is labelled: zeros
-        known["spans"] = torch.tensor([[False, False]])
-        assert not etw.spans(logprobs, entropy, torch.ones(1, 2, dtype=torch.bool), **known).any()
+    reference, spans = torch.tensor([[0.25, 0.25]]).log(), torch.tensor([[False, True]])
+    mask, before = torch.ones(1, 2, dtype=torch.bool), torch.tensor([[1.0, 7.0]])
+    tokens = etw.Tokens(logprobs, entropy, mask, reference, spans, before)
+    assert etw.weigh(name, tokens, *beta).tolist() == [pytest.approx(expected)]
+
+
+def test_every_method_of_the_paper_has_its_formula_tested():
+    assert {"etw", "uniform", "wga", "tnpo", "npo", "imp", "satimp", "spans"} <= {row[0] for row in FORMULAS}
+
+
+def test_keep_stops_pushing_a_token_that_is_surprising_enough_and_trains_the_others_to_stay():
+    """What plain ascent lacks: an end to the push, and a hold on the words around the facts."""
+    logprobs = torch.tensor([[-0.001, -0.001, -9.0]])
+    tokens = etw.Tokens(logprobs, torch.ones(1, 3), torch.ones(1, 3, dtype=torch.bool),
+                        reference_entropy=torch.tensor([[0.0, 1.5, 1.5]]))
+    structural, known, forgotten = etw.weigh("keep", tokens)[0].tolist()
+    assert structural < 0 < forgotten < 1e-9 < 1 < known
+
+
+def test_where_no_token_is_labelled_the_span_weights_are_zeros():
+    assert not etw.weigh("spans", etw.ONE._replace(spans=torch.tensor([[False]]))).any()
 
 
 def test_tnpo_survives_probabilities_that_underflow():
     logprobs, reference = torch.tensor([[-400.0, -1.0]]), torch.tensor([[-399.0, -900.0]])
-    weights = etw.tnpo(logprobs, logprobs, torch.ones(1, 2, dtype=torch.bool), reference=reference)
-    assert weights.tolist() == [pytest.approx([2 / (1 + math.exp(4)), 2.0])]
+    tokens = etw.Tokens(logprobs, logprobs, torch.ones(1, 2, dtype=torch.bool), reference)
+    assert etw.weigh("tnpo", tokens).tolist() == [pytest.approx([2 / (1 + math.exp(4)), 2.0])]
 
 
 def test_npo_weight_is_the_gradient_of_the_npo_loss():
     beta, logprobs = 0.1, torch.tensor([[-1.0, -2.0, -0.5]], requires_grad=True)
     reference, mask = torch.tensor([[-0.1, -0.2, -0.3]]), torch.ones(1, 3, dtype=torch.bool)
     loss = -2 / beta * torch.nn.functional.logsigmoid(-beta * (logprobs - reference).sum())
-    assert_close(torch.autograd.grad(loss, logprobs)[0], etw.npo(logprobs, logprobs, mask, reference=reference))
+    weights = etw.weigh("npo", etw.Tokens(logprobs, logprobs, mask, reference))
+    assert_close(torch.autograd.grad(loss, logprobs)[0], weights)
+
+
+def test_what_a_formula_reads_beside_the_two_numbers_is_found_out():
+    def readers(field):
+        return {name for name in etw.WEIGHTINGS if etw.needs(name, field)}
+
+    assert readers("reference") == {"tnpo", "npo"} and readers("reference_entropy") == {"keep"}
+    assert readers("spans") == {"spans"}
+
+
+def test_the_readme_recipe_pasted_into_etw_passes_all_tests_of_the_weighting_maths(tmp_path):
+    """A fork touches one place: the recipe stands at the end of etw.py, and nothing else knows of it."""
+    readme = (ROOT / "README.md").read_text("utf-8")
+    recipe = next(b for b in re.findall(r"```python\n(.+?)```", readme, re.DOTALL) if "def mine" in b)
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "etw.py").write_text((ROOT / "etw.py").read_text("utf-8") + "\n\n" + recipe, "utf-8")
+    (tmp_path / "tests/test_etw.py").write_bytes(Path(__file__).read_bytes())
+    (tmp_path / "README.md").write_text(readme, "utf-8")
+    (tmp_path / "conftest.py").write_text("from hypothesis import settings\n"
+                                          "settings.register_profile('x', deadline=None, max_examples=10)\n"
+                                          "settings.load_profile('x')\n")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(tmp_path),
+               "-k", "not pasted"]
+    done = subprocess.run([*command, str(tmp_path / "tests")], cwd=tmp_path, capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": str(tmp_path)}, check=False)
+    assert done.returncode == 0, done.stdout[-2000:]
 
 
 ONE, EMPTY = torch.ones(1, 2), torch.zeros(1, 2, dtype=torch.bool)
 
 
+def two(**more):
+    return etw.Tokens(ONE, ONE, ~EMPTY)._replace(**more)
+
+
 @pytest.mark.parametrize("call, message", [
-    (lambda: etw.etw_weights(ONE, EMPTY), "mask is empty"), (lambda: etw.retain_loss(ONE, EMPTY), "mask is empty"),
-    (lambda: etw.forget_loss(ONE, ONE, EMPTY), "mask is empty"), (lambda: etw.etw_weights(ONE.T, ~EMPTY), "shapes"),
-    (lambda: etw.tnpo(ONE, ONE, ~EMPTY), "log-probabilities"), (lambda: etw.npo(ONE, ONE, ~EMPTY), "log-probabilities"),
-    (lambda: etw.spans(ONE, ONE, ~EMPTY), "spans"), (lambda: etw.lean_loss(ONE, ONE, [0], [2], None), "answer tokens"),
+    (lambda: etw.etw_weights(ONE, EMPTY), "mask is empty"),
+    (lambda: etw.retain_loss(ONE, EMPTY), "mask is empty"),
+    (lambda: etw.forget_loss(ONE, ONE, EMPTY), "mask is empty"),
+    (lambda: etw.weigh("wga", two(mask=EMPTY)), "mask is empty"),
+    (lambda: etw.etw_weights(ONE.T, ~EMPTY), "shapes"),
+    (lambda: etw.weigh("wga", two(entropy=ONE.T)), "shapes"),
+    (lambda: etw.weigh("tnpo", two()), "tnpo needs `reference`"),
+    (lambda: etw.weigh("npo", two()), "npo needs `reference`"),
+    (lambda: etw.weigh("spans", two()), "spans needs `spans`"),
+    (lambda: etw.weigh("etw", two(), 2.0), "etw takes 0 β's"),
+    (lambda: etw.weigh("wga", two(), 1.0, 2.0), "wga takes 1 β"),
+    (lambda: etw.weigh("satimp", two(), 1.0), "satimp takes 2 β's"),
     *((lambda t=t: etw.token_stats(ONE, ONE, torch.tensor([0]), t), "temperature") for t in (0, -1.0, math.nan)),
 ])
 def test_what_cannot_be_weighed_is_refused(call, message):
@@ -230,65 +325,13 @@ def test_gradient_is_weight_times_onehot_minus_softmax(problem):
         assert_close(grad, expected.detach(), atol=1e-5, rtol=1e-4, msg=name)
 
 
-# ---- the lean form
-
-
-def plain_loss(hidden, head, targets, lengths, coefficients, temperature):
-    """The definition: token_stats on everything at once, the coefficients on the padded (B, T), one autograd pass."""
-    logprobs, entropy = etw.token_stats(hidden, head, targets, temperature)
-    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
-    padded = [torch.zeros(mask.shape).masked_scatter(mask, s) for s in (logprobs, entropy)]
-    c = coefficients(slice(0, len(lengths)), *(p.detach() for p in padded), mask)
-    return (c * padded[0])[mask].sum(), logprobs, entropy
-
-
-def etw_and_retain(lengths):
-    """Coefficients of L_r + 0.3 L_f with every other sequence a forget sequence."""
-    forget, n = torch.arange(len(lengths))[:, None] % 2 == 0, torch.tensor(lengths)
-    n_forget, n_retain = n[forget[:, 0]].sum(), n[~forget[:, 0]].sum().clamp_min(1)
-    return lambda rows, logprobs, entropy, mask: torch.where(
-        forget[rows], 0.3 * etw.etw_weights(entropy, mask) / n_forget, -1 / n_retain)
-
-
-@given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.integers(1, 12), st.sampled_from([1.0, 0.5, 2.0]))
-def test_lean_loss_equals_its_definition_for_any_chunk(lengths, chunk, temperature):
-    g, n = torch.Generator().manual_seed(sum(lengths)), sum(lengths)
-    hidden, head = (torch.randn(rows, 4, generator=g).requires_grad_() for rows in (n, 11))
-    common = hidden, head, torch.randint(0, 11, (n,), generator=g), lengths, etw_and_retain(lengths), temperature
-    lean, plain = etw.lean_loss(*common, chunk), plain_loss(*common)
-    assert_close(lean, plain, rtol=1e-5, atol=1e-6)
-    lean, plain = (torch.autograd.grad(2 * found[0], (hidden, head)) for found in (lean, plain))
-    assert_close(lean, plain, rtol=1e-4, atol=1e-6)
-
-
-def test_lean_loss_in_bfloat16_is_no_further_from_float64_than_the_plain_form():
-    g, lengths = torch.Generator().manual_seed(0), [30, 20, 40, 10]
-    exact = [torch.randn(rows, 32, generator=g).bfloat16().double() for rows in (100, 500)]
-    targets = torch.randint(0, 500, (100,), generator=g)
-
-    def found(f, dtype, *rest):
-        hidden, head = (t.to(dtype).requires_grad_() for t in exact)
-        loss, _, entropy = f(hidden, head, targets, lengths, etw_and_retain(lengths), 1.0, *rest)
-        return [t.double() for t in (loss.detach(), entropy, *torch.autograd.grad(loss, (hidden, head)))]
-
-    lean, plain = found(etw.lean_loss, torch.bfloat16, 50), found(plain_loss, torch.bfloat16)
-    for ours, theirs, truth in zip(lean, plain, found(plain_loss, torch.float64), strict=True):
-        assert (ours - truth).abs().max() <= 1.1 * (theirs - truth).abs().max() + 1e-5
-
-
-def test_lean_loss_never_holds_more_than_a_chunk_of_logits():
-    class Biggest(torch.utils._python_dispatch.TorchDispatchMode):
-        numbers = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            result = func(*args, **(kwargs or {}))
-            for t in result if isinstance(result, tuple | list) else [result]:
-                self.numbers = max(self.numbers, t.numel() if isinstance(t, torch.Tensor) else 0)
-            return result
-
-    lengths, vocabulary, chunk = [50] * 20, 3000, 100  # 1000 tokens
-    hidden, head = (torch.randn(rows, 4, requires_grad=True) for rows in (1000, vocabulary))
-    targets = torch.zeros(1000, dtype=torch.long)
-    with Biggest() as seen:
-        etw.lean_loss(hidden, head, targets, lengths, etw_and_retain(lengths), chunk=chunk)[0].backward()
-    assert seen.numbers == chunk * vocabulary
+@given(masked(20), st.integers(1, 6))
+def test_losses_of_the_parts_of_a_step_add_up_to_the_loss_of_the_whole(case, cut):
+    """The mean of means would be another number."""
+    nll, mask = case
+    parts = [slice(start, start + cut) for start in range(0, len(mask), cut)]
+    count = int(mask.sum())
+    retain = sum(etw.retain_loss(-nll[rows], mask[rows], count) for rows in parts)
+    forget = sum(etw.forget_loss(-nll[rows], nll[rows], mask[rows], count) for rows in parts)
+    assert_close(retain, etw.retain_loss(-nll, mask))
+    assert_close(forget, etw.forget_loss(-nll, nll, mask))

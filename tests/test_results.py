@@ -1,57 +1,212 @@
-"""The scripts under results/: how a setting is chosen, what utility is counted over, and the labels taken from TOFU."""
+"""The scripts under results/: runs that survive a kill, the choice of a setting, tables, labels."""
 import json
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "results"))
+import bench
 import compare
+import numpy as np
 import pytest
+import scatter
+import smollm2
 import tofu
+import torch
+
+import data
+import measure
 
 ROOT = Path(__file__).resolve().parents[1]
-TOFU = ["--sweep", "results/tofu-sweep.jsonl", "--repeats", "results/tofu-seeds.jsonl", "--over", "retain"]
+TOFU = ["--sweep", "results/tofu-sweep.jsonl", "--repeats", "results/tofu-seeds.jsonl",
+        "--over", "retain"]
+TABLES = {
+    "bundled tables": ["tables"],
+    "bundled grid": ["grid", "--lr", "3e-4"],
+    "TOFU tables": ["tables", *TOFU],
+    "TOFU grid": ["grid", "--lr", "3e-4", "--epochs", "6", *TOFU,
+                  "--strengths", *"0.001 0.003 0.01 0.03 0.1 0.3 1 3 10".split()]}
 
 
-def record(quality, lost, **more):
-    return {"method": "etw", "forget quality": quality, "-log10 FQ": -compare.np.log10(quality), "utility lost": lost} | more
+def record(distance, lost=0.0, endless=0.0, **more):
+    return {"method": "etw", "strength": 0.1, "lr": 1e-3, "epochs": 2, "epoch": 2, "seed": 0,
+            "distance": distance, "utility lost": lost, "endless": endless} | more
 
 
-def test_the_setting_chosen_is_the_mildest_that_forgot_else_the_one_that_forgot_most():
-    forgot, mildly, barely, ruined = record(0.5, 4), record(0.06, 1), record(1e-9, 0), record(0.04, 70)
-    assert compare.chosen([forgot, mildly, barely, ruined], "etw") is mildly
-    assert compare.chosen([barely, ruined], "etw") is ruined
+# ---- The rule of choice
 
 
-def test_with_a_bound_the_setting_chosen_forgot_most_among_those_that_lost_no_more():
-    much, less, ruined = record(0.2, 1.5), record(0.06, 1), record(0.5, 70)
-    assert compare.chosen([less, much, ruined], "etw", within=2) is much
-    assert compare.chosen([ruined], "etw", within=2) is ruined
+def test_the_setting_chosen_is_nearest_to_the_retrained_model_among_those_that_keep_most():
+    near, keeps, broken = record(0.5, lost=2.5), record(0.9, lost=2.0), record(0.1, endless=0.06)
+    far = record(1.5, lost=-1.0, endless=0.05)
+    assert compare.chosen([near, keeps, broken, far], "etw") is keeps
+
+
+def test_where_no_run_keeps_so_much_the_bound_is_five_points_and_else_there_is_none():
+    mild, endless, ruined = record(0.9, lost=5.0), record(0.8, endless=0.9), record(0.1, lost=70)
+    assert compare.chosen([mild, endless, ruined], "etw") is endless
+    assert compare.chosen([mild, ruined], "etw") is mild
+    assert compare.chosen([ruined, record(0.2, lost=60)], "etw") is ruined
+
+
+def test_runs_that_diverged_and_other_methods_are_not_chosen():
+    diverged = {"method": "etw", "epoch": 0, "diverged": True}
+    assert compare.chosen([diverged, record(1, method="wga")], "etw") is None
+
+
+def test_other_seeds_of_a_setting_are_those_of_its_epoch_and_budget():
+    pick, same = record(1), record(3, seed=2)
+    strangers = record(1, seed=2, epoch=1), record(1, seed=2, epochs=9), record(1, seed=2, lr=1)
+    assert compare.others([*strangers, same], pick) == [same]
+
+
+# ---- The files
+
+
+def write(path, records):
+    path.write_text("".join(json.dumps(r) + "\n" for r in records))
 
 
 def test_utility_lost_can_be_counted_over_the_utility_sets_that_the_model_was_taught(tmp_path):
-    taught, chance = ({f"{name} {part}": value for part in ("probability", "rouge", "truth_ratio")}
+    parts = "probability", "rouge", "truth_ratio"
+    taught, chance = ({f"{name} {part}": value for part in parts}
                       for name, value in (("retain", 0.8), ("facts", 0.1)))
-    worse = record(0.5, 99) | chance | {key: 0.6 for key in taught}
-    (tmp_path / "sweep.jsonl").write_text("".join(json.dumps(r) + "\n" for r in (record(1, 0) | taught | chance, worse)))
-    assert abs(compare.read(tmp_path / "sweep.jsonl", ["retain"])[1]["utility lost"] - 20) < 1e-9
+    worse = record(1, lost=99) | chance | {key: 0.6 for key in taught}
+    write(tmp_path / "sweep.jsonl", [{"method": "target"} | taught | chance, worse])
     assert compare.read(tmp_path / "sweep.jsonl")[1]["utility lost"] == 99
+    lost = compare.read(tmp_path / "sweep.jsonl", ["retain"])[1]["utility lost"]
+    assert lost == pytest.approx(20)
+
+
+def test_a_line_torn_by_a_kill_is_skipped_and_what_follows_is_on_lines_of_its_own(tmp_path):
+    path = tmp_path / "runs.jsonl"
+    compare.append(path, [record(1)])
+    with open(path, "a") as file:
+        file.write('{"method": "et')
+    assert compare.read(path) == [record(1)]
+    compare.append(path, [record(2, seed=1)])
+    compare.append(path, [record(3, seed=2)])
+    assert [r["distance"] for r in compare.read(path)] == [1, 2, 3]
+
+
+@pytest.fixture
+def few(tiny, tmp_path, monkeypatch):
+    """Flags of a comparison on a tiny model and four rows a set: seconds instead of hours."""
+    monkeypatch.setattr(measure, "MAX_NEW_TOKENS", 4)  # an untaught model does not stop by itself
+    rows = [{"question": f"Where was {name} born?", "answer": f"{name} was born in {place}.",
+             "paraphrased_answer": f"{place} is where {name} was born.",
+             "perturbed_answer": [f"Oslo is where {name} was born."]}
+            for name, place in (("Ada", "Oru"), ("Bo", "Ume"), ("Cy", "Rio"), ("Di", "Ulm"))]
+    for row in rows:
+        row["spans"] = [[len(row["answer"]) - 4, len(row["answer"]) - 1]]
+    flags = ["--model", str(tiny), "--reference", str(tiny), "--epochs", "2", "--lr", "1e-3",
+             "--strengths", "0.1", "--methods", "etw", "npo", "spans", "--batch-size", "2",
+             "--threads", "1", "--rows", "2"]
+    for name in ("forget", "retain", "facts", "holdout"):
+        write(tmp_path / f"{name}.jsonl", rows)
+        flags += [f"--{name}", str(tmp_path / f"{name}.jsonl")]
+    flags += ["--retain-measured", str(tmp_path / "facts.jsonl"), "--over", "retain"]
+    for name in ("sweep", "repeats", "plot"):
+        flags += [f"--{name}", str(tmp_path / name)]
+    return flags
+
+
+def test_a_comparison_goes_on_where_it_was_killed_and_ends_in_tables_and_a_picture(
+        few, tmp_path, capsys):
+    sweep = tmp_path / "sweep"
+    compare.main(["sweep", *few])
+    whole = sweep.read_text().splitlines(keepends=True)
+    assert [json.loads(line)["method"] for line in whole] == [
+        "target", "retrained", "etw", "npo", "spans"]
+    assert json.loads(whole[1])["distance"] == 0
+    assert all(json.loads(line)[key] is not None for line in whole[2:] for key in compare.COLUMNS)
+
+    sweep.write_text("".join(whole[:3]) + whole[3][:50])  # killed while it wrote the second run
+    compare.main(["sweep", *few])
+    again = compare.read(sweep)
+    assert again == [json.loads(line) for line in whole]  # to the last digit: nothing is random
+
+    compare.main(["repeat", *few, "--seeds", "1"])
+    repeats = compare.read(tmp_path / "repeats")
+    assert [(r["method"], r.get("seed")) for r in repeats[2:]] == [
+        ("etw", 1), ("npo", 1), ("spans", 1)]
+    capsys.readouterr()
+    compare.main(["tables", *few])
+    compare.main(["grid", *few])
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in printed if line.startswith("| ")] == [
+        "method", "target", "retrained", "etw", "npo", "spans", "method", "etw", "npo", "spans",
+        "method", "etw", "npo", "spans"]
+    compare.main(["plot", *few])
+    ElementTree.parse(tmp_path / "plot")
+
+
+def test_the_mean_weight_that_a_grid_is_laid_over_is_that_of_the_push(monkeypatch):
+    monkeypatch.setitem(compare.etw.WEIGHTINGS, "mine",
+                        lambda tokens: torch.where(tokens.logprobs < -1, 4.0, -9.0))
+    sequence = data.Sequence([1, 2, 3, 4, 5], 1, None, True, 0)
+    scores = measure.Scores([sequence], [np.array([[-2.0, -0.5, -0.1, -3], [0.0] * 4, [1] * 4])])
+    assert compare.mean_weight("mine", scores) == 2
+
+
+# ---- Pictures, labels, benchmark
+
+
+def test_a_picture_shows_every_run_on_logarithmic_axes_and_leaves_out_what_has_no_number():
+    groups = {"etw": [(1, 2), (2, 4), (None, 3)], "<b>": [(4, 8)], "none": [(None, None)]}
+    svg = scatter.svg_scatter(groups, {"goal": (1, 1), "other": (2, 0)}, "x", "y")
+    root = ElementTree.fromstring(svg)
+    circles = [e for e in root.iter() if e.tag.endswith("circle")]
+    x = [float(c.get("cx")) for c in circles]
+    assert len(x) == 3 and x[1] - x[0] == pytest.approx(x[2] - x[1], abs=0.2)  # 1 to 2, 2 to 4
+    assert [c.get("fill") for c in circles].count("none") == 2  # seed 0 of each method
+    texts = {e.text for e in root.iter() if e.tag.endswith("text")}
+    assert {"etw", "<b>", "goal", "other", "x", "y"} <= texts and "none" not in texts
 
 
 def test_a_word_of_a_tofu_answer_is_informative_where_only_the_wrong_answers_drop_it():
-    row = {"answer": "Ada was born in Tarnow.", "paraphrased_answer": "Tarnow is where Ada was born.",
-           "perturbed_answer": [f"{city} is where Ada was born." for city in ("Oslo", "Lima", "Bern", "Pune", "Kyiv")]}
+    cities = "Oslo", "Lima", "Bern", "Pune", "Kyiv"
+    row = {"answer": "Ada was born in Tarnow.",
+           "paraphrased_answer": "Tarnow is where Ada was born.",
+           "perturbed_answer": [f"{city} is where Ada was born." for city in cities]}
     assert [row["answer"][a:b] for a, b in tofu.informative(row)] == ["Tarnow"]
 
 
-@pytest.mark.parametrize("command", [
-    ["tables"], ["grid", "--lr", "3e-4"], ["tables", *TOFU], ["tables", "--within", "5", *TOFU],
-    ["grid", "--lr", "3e-4", "--epochs", "6", "--strengths", *"0.001 0.003 0.01 0.03 0.1 0.3 1 3 10".split(), *TOFU],
-], ids=["bundled tables", "bundled grid", "TOFU tables", "TOFU tables within a bound", "TOFU grid"])
-def test_every_row_of_the_comparison_tables_is_what_the_committed_runs_give(command, capsys, monkeypatch):
+def test_another_file_than_the_one_whose_checksum_is_known_is_refused(capsys):
+    with pytest.raises(SystemExit, match="SHA-256"):
+        smollm2.check("wheel", b"other", smollm2.WHEEL_SHA256)
+
+
+def test_both_sides_of_the_benchmark_take_a_step_on_the_same_rows(tiny, transformers):
+    rows = bench.make_rows(2, vocab_size=300)
+    for side in (bench.Ours, bench.Plain):
+        user = side(tiny, "cpu", torch.float32)
+        network = user.model if side is bench.Plain else user.decoder
+        before = [p.clone() for p in network.parameters()]
+        user.step(rows)
+        assert any(not torch.equal(a, b) for a, b in zip(before, network.parameters(), strict=True))
+    assert bench.useful_flops(json.loads((tiny / "config.json").read_text()), rows) > 0
+
+
+# ---- What the READMEs say
+
+
+@pytest.mark.parametrize("command", TABLES.values(), ids=TABLES)
+def test_every_row_of_the_comparison_tables_is_what_the_committed_runs_give(
+        command, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     compare.main(command)
     printed = capsys.readouterr().out.strip()
     assert printed.count("\n") > 8
-    assert set(printed.split("\n")) - {""} <= set((ROOT / "results/README.md").read_text("utf-8").split("\n"))
-    if command[0] == "tables" and "--within" not in command:
-        assert printed.split("\n\n")[1] in (ROOT / "README.md").read_text("utf-8")
+    document = (ROOT / "results/README.md").read_text("utf-8").split("\n")
+    assert set(printed.split("\n")) - {""} <= set(document)
+
+
+def test_a_row_with_a_spread_in_the_readme_is_one_of_those_tables(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for command in TABLES.values():
+        compare.main(command)
+    printed = capsys.readouterr().out.split("\n")
+    lines = (ROOT / "README.md").read_text("utf-8").split("\n")
+    methods = tuple(f"| {name} |" for name in compare.etw.WEIGHTINGS)
+    assert {line for line in lines if line.startswith(methods) and " – " in line} <= set(printed)

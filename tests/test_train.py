@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,8 @@ from safetensors.torch import load_file
 
 import data
 import etw
-import model
+import measure
+import pretrained
 import train
 
 ROOT = Path(train.__file__).parent
@@ -76,40 +76,60 @@ def at_step(monkeypatch, number, act):
 
 
 @pytest.fixture
-def rows(world):
-    """All forget and retain rows of `world`, as a step takes them, with made-up log p of the starting model."""
-    def encoded(kind):
-        return data.encode(data.read_jsonl(world / f"{kind}.jsonl"), data.Tokenizer(world / "target"), 64)[0]
+def task(world):
+    """A measure.World of `world`, with made-up log p and entropy of the starting model."""
+    sets = {kind: data.read_jsonl(world / f"{kind}.jsonl") for kind in ("forget", "retain")}
+    task = measure.World(sets, data.Tokenizer(world / "target"), 64)
+    task.starting = []
+    for s in task.sequences["forget"]:
+        numbers = 0.1 * torch.arange(s.row, s.row + len(s.tokens) - s.start)
+        task.starting.append(torch.stack([-numbers, numbers.flip(0)]))
+    return task
 
-    return [(train.FORGET, s, -0.1 * torch.arange(s.row, s.row + len(s.tokens) - s.start)) for s in encoded("forget")] + [
-        (train.RETAIN, s, None) for s in encoded("retain")]
+
+def all_rows(task):
+    forget = [train.Row(train.FORGET, *pair) for pair in zip(task.sequences["forget"], task.starting, strict=True)]
+    return forget + [train.Row(train.RETAIN, s) for s in task.sequences["retain"]]
 
 
 @pytest.mark.parametrize("method", etw.WEIGHTINGS)
-def test_the_step_gradient_is_that_of_the_readable_losses_for_micro_batches_of_any_size(world, rows, method):
+def test_the_step_gradient_is_that_of_the_readable_losses_for_micro_batches_of_any_size(world, task, method):
     """The mean of micro-batch means would be another number."""
-    decoder, loss = model.load(world / "target"), 0
-    for kind in (train.FORGET, train.RETAIN):
-        some = [(s, known) for stream, s, known in rows if stream == kind]
-        batch = data.collate([s for s, _ in some])
-        logprobs, entropy = (torch.zeros(batch.mask.shape).masked_scatter(batch.mask, x) for x in etw.token_stats(
-            decoder.hidden(batch.inputs)[batch.mask], decoder.head, batch.targets[batch.mask], 1.5))
-        if kind == train.FORGET:
-            reference, spans = (torch.zeros(batch.mask.shape, dtype=x.dtype).masked_scatter(batch.mask, x) for x in (
-                torch.cat([known for _, known in some]), torch.tensor(sum((s.informative for s, _ in some), []))))
-            w = etw.WEIGHTINGS[method](logprobs, entropy, batch.mask, reference=reference, spans=spans)
-            loss += 0.3 * etw.forget_loss(logprobs, w, batch.mask)
+    decoder, loss = pretrained.load(world / "target"), 0
+    for kind in ("forget", "retain"):
+        batch = data.collate(task.sequences[kind])
+        mask = batch.mask
+        hidden, targets = decoder.hidden(batch.inputs)[mask], batch.targets[mask]
+        logprobs, entropy = (torch.zeros(mask.shape).masked_scatter(mask, x)
+                             for x in etw.token_stats(hidden, decoder.head, targets, 1.5))
+        if kind == "forget":
+            start = [torch.zeros(mask.shape).masked_scatter(mask, x) for x in torch.cat(task.starting, 1)]
+            labels = torch.tensor(sum((s.informative for s in task.sequences[kind]), []))
+            spans = torch.zeros(mask.shape, dtype=torch.bool).masked_scatter(mask, labels)
+            weights = etw.weigh(method, etw.Tokens(logprobs, entropy, mask, start[0], spans, start[1]))
+            loss += 0.3 * etw.forget_loss(logprobs, weights, mask)
         else:
-            loss += etw.retain_loss(logprobs, batch.mask)
+            loss += etw.retain_loss(logprobs, mask)
     expected = torch.autograd.grad(loss, list(decoder.parameters()))
     for size in (None, 1, 3):
-        args = Namespace(micro_batch_size=size, method=method, lam=0.3, beta=None, temperature=1.5, clip=1e9,
-                         weight_decay=0.0, lr=0.0)
-        optimizer = train.make_optimizer(decoder, args)
+        recipe = train.Recipe(micro_batch_size=size, method=method, lam=0.3, temperature=1.5, clip=1e9, weight_decay=0.0)
+        optimizer = train.make_optimizer(decoder, recipe)
         optimizer.zero_grad = lambda **_: None  # keep what the step accumulated
         decoder.zero_grad()
-        train.train_step(decoder, optimizer, rows, 0.0, args, torch.float32)
+        record = train.train_step(decoder, optimizer, all_rows(task), 0.0, recipe)
         torch.testing.assert_close([p.grad for p in decoder.parameters()], list(expected), rtol=1e-3, atol=1e-5)
+        assert record["retain_loss"] + 0.3 * record["forget_loss"] == pytest.approx(loss.item(), rel=1e-4)
+
+
+def test_teaching_descends_the_retain_loss_alone(world, task):
+    decoder = pretrained.load(world / "target")
+    optimizer = train.make_optimizer(decoder, train.Recipe())
+    record = train.train_step(decoder, optimizer, [train.Row(train.RETAIN, s) for s in task.sequences["retain"]],
+                              0.0, train.Recipe())
+    batch = data.collate(task.sequences["retain"])
+    logits = decoder(batch.inputs)
+    expected = torch.nn.functional.cross_entropy(logits[batch.mask], batch.targets[batch.mask])
+    assert record["retain_loss"] == pytest.approx(expected.item(), rel=1e-4) and "forget_loss" not in record
 
 
 def test_learning_rate_warms_up_linearly_and_then_falls_linearly_to_zero():
@@ -117,11 +137,13 @@ def test_learning_rate_warms_up_linearly_and_then_falls_linearly_to_zero():
     assert rates == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6, 0])
 
 
-def test_an_epoch_goes_through_the_whole_forget_set_and_every_retain_row_is_seen_before_one_repeats():
-    args = Namespace(batch_size=3, seed=5)
-    drawn = [row for step in range(3) for row in train.step_rows(step, range(7), range(9), args)]
-    assert sorted(i for kind, i in drawn if kind == train.FORGET) == list(range(7))
-    assert sorted(i for kind, i in drawn if kind == train.RETAIN) == list(range(9))
+def test_an_epoch_goes_through_the_whole_forget_set_and_every_retain_row_is_seen_before_one_repeats(task):
+    recipe = train.Recipe(batch_size=3, seed=5)
+    forget, retain = task.sequences["forget"], task.sequences["retain"]
+    drawn = [row for step in range(4) for row in train.step_rows(step, task, recipe)]
+    assert sorted(forget.index(r.sequence) for r in drawn if r.stream == train.FORGET) == [0, 0, 1, 1, 2, 2, 3, 3]
+    kept = [retain.index(r.sequence) for r in drawn if r.stream == train.RETAIN]
+    assert sorted(kept[:7]) == list(range(7))
 
 
 # ---- what a run promises
@@ -152,7 +174,7 @@ def test_every_method_runs_from_the_command_line(run, method):
 def test_a_run_folder_holds_a_model_its_arguments_and_a_log_of_steps_and_epochs(run, tmp_path):
     assert run() == 0
     out = tmp_path / "run"
-    assert model.load(out) and data.Tokenizer(out) and not (out / "checkpoint.pt").exists()
+    assert pretrained.load(out) and data.Tokenizer(out) and not (out / "checkpoint.pt").exists()
     kept, log = json.loads((out / "args.json").read_text()), log_of(out)
     assert kept["lambda"] == 0.1 and kept["seed"] == 0 and len(kept["data_sha256"]) == 3 and kept["versions"]["torch"]
     steps = [r for r in log if "step" in r]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-import model
+import pretrained
 
 ROOT = Path(__file__).resolve().parent.parent
 PEOPLE = {"retain": 100, "forget": 10, "holdout": 10}
@@ -100,4 +100,4 @@ def test_tokenizer_and_model_are_small_and_the_end_token_is_known():
     config = json.loads((ROOT / "weights/start/config.json").read_text())
     vocab = json.loads((ROOT / "weights/start/tokenizer.json").read_text("utf-8"))["model"]["vocab"]
     assert 1000 <= len(vocab) == config["vocab_size"] <= 2000 and vocab["<|endoftext|>"] == config["eos_token_id"]
-    assert sum(p.numel() for p in model.fresh(ROOT / "weights/start", seed=0).parameters()) <= 2_400_000
+    assert sum(p.numel() for p in pretrained.fresh(ROOT / "weights/start", seed=0).parameters()) <= 2_400_000

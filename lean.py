@@ -1,0 +1,116 @@
+"""The loss of etw.py without ever holding more than a chunk of logits.
+
+A language model's logits are its largest tensor: 16 + 16 answers of 60 tokens at V = 128,256 are 1 GB. A loss made of
+log p and H needs them only for a moment. The weight of a token is known once the entropies of its sequence are, so a
+chunk made of whole sequences can turn its logits into gradients at once: none is kept for the backward pass and none is
+computed twice (but for a sequence longer than a chunk).
+"""
+import torch
+
+from etw import entropy_of
+
+
+def lean_loss(hidden, head, targets, lengths, loss_of, temperature=1.0, chunk=256):
+    """Σ over chunks of loss_of(rows, logprobs, entropy, mask), with gradient to hidden and head.
+
+    hidden (N, D) of the answer tokens, sequence after sequence; head (V, D); targets (N,);
+    lengths: a list, the answer tokens of each sequence; temperature as in etw.token_stats; chunk in tokens.
+    loss_of gets `rows`, the slice of sequences in the chunk, and (b, t), right-padded; it returns a
+    scalar that depends on logprobs alone (divide by the tokens of the whole step: the chunks add up).
+    Returns the scalar. ValueError if there is no answer token or the lengths do not add up to N.
+    """
+    if not 0 < len(hidden) == sum(lengths):
+        raise ValueError(f"{len(hidden)} hidden states for sequences of {sum(lengths)} answer tokens")
+    return _LeanLoss.apply(hidden, head, targets, lengths, loss_of, temperature, chunk)
+
+
+class _LeanLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, head, targets, lengths, loss_of, temperature, chunk):
+        device = hidden.device.type
+        dtype = hidden.dtype
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        with torch.autocast(device, enabled=False):
+            work = _Chunk(hidden.to(dtype), head.to(dtype), targets, temperature, chunk)
+            loss = 0
+            for rows, pieces in chunks(lengths, chunk):
+                # Forward: log p and H of every token of the chunk.
+                numbers = []
+                for piece in pieces:
+                    probs, *stats = work.predict(piece)
+                    numbers.append(torch.stack(stats))
+                # The loss, as etw.py writes it, on the small (b, t); its gradient is the coefficient of each log p.
+                mask = _mask(lengths[rows], hidden.device)
+                logprobs, entropy = (mask.new_zeros(mask.shape, dtype=torch.float32).masked_scatter(mask, s)
+                                     for s in torch.cat(numbers, 1))
+                with torch.enable_grad():
+                    part = loss_of(rows, logprobs.requires_grad_(), entropy, mask)
+                coefficients = torch.autograd.grad(part, logprobs)[0][mask]
+                loss += part.detach()
+                # Backward: logits become gradients in place.
+                for piece, c in zip(pieces, coefficients.split([p.stop - p.start for p in pieces]), strict=True):
+                    if len(pieces) > 1:  # the buffers hold only the last piece
+                        probs = work.predict(piece)[0]
+                    work.push(piece, probs, c)
+        ctx.save_for_backward(work.grad_x.to(hidden.dtype), work.grad_w.to(head.dtype))
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        return *(g if grad_loss == 1 else g * grad_loss for g in ctx.saved_tensors), *[None] * 5
+
+
+class _Chunk:
+    """Two float32 buffers of (chunk, V), used again and again: fresh ones would cost page faults."""
+
+    def __init__(self, x, w, targets, temperature, chunk):
+        self.x, self.w, self.targets, self.temperature = x, w, targets, temperature
+        size = min(chunk, len(x)), len(w)
+        self.buffers = [x.new_empty(size, dtype=torch.float32) for _ in range(2)]
+        self.grad_x, self.grad_w = torch.empty_like(x), None
+
+    def predict(self, piece):
+        """(softmax (n, V), log p (n,), H (n,)) of some rows; the softmax lies in a buffer."""
+        logits, all_logprobs = (b[:piece.stop - piece.start] for b in self.buffers)
+        if self.x.dtype == torch.float32:
+            torch.mm(self.x[piece], self.w.T, out=logits)
+        else:
+            logits.copy_(self.x[piece] @ self.w.T)
+        torch.log_softmax(logits, -1, out=all_logprobs)
+        logprobs = all_logprobs.gather(1, self.targets[piece, None]).squeeze(1)
+        probs = torch.exp(all_logprobs, out=logits)
+        return probs, logprobs, entropy_of(all_logprobs, self.temperature, probs)
+
+    def push(self, piece, probs, c):
+        """Add the gradients of Σ c log p: d log p / dz = onehot − softmax."""
+        grad_z = probs.mul_(-c[:, None])
+        grad_z.scatter_add_(1, self.targets[piece, None], c[:, None])
+        grad_z = grad_z.to(self.x.dtype)
+        torch.mm(grad_z, self.w, out=self.grad_x[piece])
+        if self.grad_w is None:
+            self.grad_w = (grad_z.T @ self.x[piece]).float()
+        elif self.x.dtype == torch.float32:
+            self.grad_w.addmm_(grad_z.T, self.x[piece])
+        else:
+            self.grad_w += grad_z.T @ self.x[piece]
+
+
+def _mask(lengths, device):
+    """(b, t) bool: the first lengths[i] places of row i."""
+    places = torch.arange(max(lengths), device=device)
+    return places < torch.tensor(lengths, device=device)[:, None]
+
+
+def chunks(lengths, chunk):
+    """Consecutive whole sequences of at most `chunk` tokens together: (slice of rows, [slice of tokens]).
+
+    A sequence longer than that stands alone, in several pieces.
+    """
+    first, start, size = 0, 0, 0
+    for row, length in enumerate([*lengths, chunk + 1]):  # the last entry only flushes
+        if row > first and size + length > chunk:
+            stop = start + size
+            yield slice(first, row), [slice(a, min(a + chunk, stop)) for a in range(start, stop, chunk)]
+            first, start, size = row, stop, 0
+        size += length

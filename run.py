@@ -1,0 +1,295 @@
+"""A run folder: who may write it, what it remembers, how a killed run goes on.
+
+A model directory (config.json, weights, tokenizer) with, beside it,
+    args.json       what the run was told, SHA-256 of data and weights, versions: what makes it this run
+    log.jsonl       one object a step and one an epoch
+    checkpoint.pt   weights, AdamW moments and step, a digest at its end; gone once the run is finished
+    result.json     the measurements; with the digest of the args.json that they belong to
+Every file is written aside and renamed: a kill at any moment leaves the old one or the new one.
+"""
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+from itertools import count
+from pathlib import Path
+
+import torch
+
+import cli
+import pretrained
+from cli import InputError, Stopped
+
+MARKS = {"method", "data_sha256", "versions", "git_commit"}  # an args.json with these keys is ours
+MAY_CHANGE = {"command", "versions", "git_commit", "save_every", "measure_rows"}  # kill to resume
+ASIDE = re.compile(r"\..+\.\d+\.aside")  # what a killed writer leaves
+
+
+class Run:
+    """The folder of one run. InputError, with nothing written, if it is not this run's to write."""
+
+    def __init__(self, args, files, models):
+        """args: the parsed flags; files: data and weights, whose content makes the run what it is;
+        models: the folders that are read."""
+        self.identity, self.lock = identity(args, files), None
+        self.base = None if args.out else Path("runs") / (args.method if args.forget else "teach")
+        self.folder = Path(args.out) if args.out else self._default(args.resume)
+        self.replaces = False  # an older run, whose weights stay until our first checkpoint
+        self.state = {"step": 0, "log": 0}
+        if args.overwrite and not args.out:
+            raise InputError("--overwrite: name the run to replace with --out")
+        if any(cli.same(self.folder, model) for model in models):
+            raise InputError(f"--out {self.folder}: is the folder of --model or --reference: choose another")
+        self._check_place()
+        cli.resumable = None
+        if self.folder.exists():
+            self._check(args)
+            self._lock()
+
+    def _default(self, resume):
+        """The next free of runs/METHOD, runs/METHOD-2, ...; to resume, the one that was told the same."""
+        names = (self.base.with_name(self.base.name + (f"-{n}" if n > 1 else "")) for n in count(1))
+        taken = []
+        for path in names:
+            if not path.exists():
+                break
+            taken.append(path)
+        if not resume or not taken:
+            return path
+        alike = [path for path in taken if not self._difference(path)]
+        if not alike:
+            raise InputError(f"--resume: none of {', '.join(map(str, taken[:5]))} was begun with these "
+                             "arguments: name its folder with --out")
+        return min(alike, key=self._is_finished)
+
+    def _check_place(self):
+        try:
+            places = self.folder, *self.folder.absolute().parents
+            parent = next(p for p in places if p.exists() or p.is_symlink())
+            writable = parent.is_dir() and os.access(parent, os.W_OK) and os.fsencode(self.folder)
+        except (OSError, ValueError):  # too long, a NUL, not Unicode
+            parent, writable = "it", False
+        if not writable:
+            raise InputError(f"--out {str(self.folder):.200}: {str(parent):.200} is not a folder one can write to: "
+                             "choose another")
+
+    def _lock(self):
+        """Held until close or the end of this process, however it ends. InputError if another has it."""
+        self.lock = os.open(self.folder, os.O_RDONLY | os.O_CLOEXEC)  # of the folder: leaves no file
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self.close()
+            raise InputError(f"--out {self.folder}: another process is writing this run: wait for it, or "
+                             "choose another") from None
+
+    def close(self):
+        """Let others write the folder."""
+        if self.lock is not None:
+            os.close(self.lock)
+            self.lock = None
+
+    def _check(self, args):
+        """What may be done to a folder that exists."""
+        if all(ASIDE.fullmatch(path.name) for path in self.folder.iterdir()):
+            return
+        old = cli.read_json(self.folder / "args.json", "choose another --out")
+        if not MARKS <= old.keys():
+            raise InputError(f"--out {self.folder}: holds files that are not a run's: choose another")
+        difference = self._difference(self.folder)
+        if args.resume and difference:
+            raise InputError(f"--resume: {difference}: give the same, or another --out")
+        if not args.resume and not args.overwrite:
+            raise InputError(f"--out {self.folder}: already holds a run: go on with --resume, replace it with "
+                             "--overwrite, or choose another")
+        self.replaces = args.overwrite
+        if args.resume and (self.folder / "checkpoint.pt").exists():
+            verify(self.folder / "checkpoint.pt")
+            cli.resumable = self.folder
+
+    def _difference(self, folder):
+        """What the run in a folder was told otherwise than this one, in words; None if nothing."""
+        old = cli.read_json(folder / "args.json", "choose another --out")
+        for key, value in json.loads(json.dumps(self.identity)).items():
+            if key in MAY_CHANGE or value == old.get(key):
+                continue
+            if key == "data_sha256" and isinstance(old.get(key), dict):
+                changed = [path for path in value if old[key].get(path) != value[path]]
+                return f"the data changed since {folder} began ({', '.join(changed or ['fewer files'])})"
+            return f"{key} was {old.get(key)!r:.80} in {folder}, now {value!r:.80}"
+        return None
+
+    def _is_finished(self, folder):
+        result = cli.read_json(folder / "result.json")
+        return result.get("args_sha256") == self.digest and not (folder / "checkpoint.pt").exists()
+
+    @property
+    def finished(self):
+        """Whether there is nothing left to do."""
+        return not self.replaces and self._is_finished(self.folder)
+
+    @property
+    def digest(self):
+        told = {key: value for key, value in self.identity.items() if key not in MAY_CHANGE}
+        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+    # ---- Writing
+
+    def begin(self):
+        """Make and claim the folder, clear what a killed writer left, write args.json unless a run goes on."""
+        while self.lock is None:
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                self.folder.mkdir()  # atomic: of two runs that start together one gets the name
+                self._lock()
+            except FileExistsError:
+                if self.base is None:
+                    raise InputError(f"--out {self.folder}: was taken meanwhile: choose another") from None
+                self.folder = self._default(resume=False)
+        for path in self.folder.iterdir():
+            if ASIDE.fullmatch(path.name):
+                path.unlink()
+        if self.replaces:
+            (self.folder / "checkpoint.pt").unlink(missing_ok=True)
+        if self.replaces or not (self.folder / "args.json").exists():
+            cli.write_json(self.folder / "args.json", self.identity)
+
+    @contextlib.contextmanager
+    def log(self):
+        """A function that appends a record to log.jsonl, which first forgets what the checkpoint does not know."""
+        with open(self.folder / "log.jsonl", "ab") as file:
+            file.truncate(min(self.state["log"], os.path.getsize(file.name)))
+            file.seek(0, os.SEEK_END)
+            self.file = file
+
+            def note(record):
+                file.write((json.dumps(cli.plain(record)) + "\n").encode())
+                file.flush()
+
+            yield note
+
+    def restore(self, decoder, optimizer):
+        """Put the checkpoint's weights and moments in place, if there is one, and its state in self.state.
+
+        It holds no generator state: the row order is a pure function of seed and step, nothing else is random.
+        """
+        path = self.folder / "checkpoint.pt"
+        if not path.exists():
+            return
+        try:
+            self.state, weights, moments = torch.load(path, map_location="cpu", weights_only=True)
+            decoder.load_state_dict(weights)
+            optimizer.load_state_dict(moments)
+        except Exception as e:  # the unpickler, which runs no code, raises anything
+            raise _no_checkpoint(path, type(e).__name__) from None
+
+    def checkpoint(self, decoder, optimizer):
+        """Write weights, moments and state. FloatingPointError if a weight is not finite."""
+        if not all(p.isfinite().all() for p in decoder.parameters()):
+            raise FloatingPointError("the weights")
+        os.fsync(self.file.fileno())
+        self.state["log"] = self.file.tell()
+
+        def write(aside):
+            try:
+                torch.save((self.state, decoder.state_dict(), optimizer.state_dict()), aside)
+            except RuntimeError as e:  # its word for a full disk
+                raise OSError(f"{self.folder}: no checkpoint can be written ({str(e):.80})") from None
+            digest = sha256(aside)
+            with open(aside, "a") as file:
+                file.write(digest)
+
+        cli.write_aside(self.folder / "checkpoint.pt", write)
+        cli.resumable = self.folder
+        if self.replaces:  # from here on the new run stands
+            for name in ("model.safetensors", "result.json"):
+                (self.folder / name).unlink(missing_ok=True)
+            self.replaces = False
+
+    def diverged(self, decoder, optimizer, step, error):
+        """What to raise when a number is no longer finite: the last good state, if there is one, is made the model."""
+        kept = "nothing but the log was written there: no checkpoint had been reached"
+        if cli.resumable:
+            self.restore(decoder, optimizer)
+            kept = f"the last good state, of step {self.state['step']}, is there"
+            try:
+                pretrained.save(decoder, self.folder)
+            except FloatingPointError:  # finite in float32 only
+                kept += " in checkpoint.pt"
+        return Stopped(f"{self.folder}: not finite at step {step}: {error}; {kept}. "
+                       "Start again with a lower --lr or --lambda", 1)
+
+    def save(self, decoder):
+        """Write the model; Stopped if a weight is not finite in the precision of its file."""
+        try:
+            pretrained.save(decoder, self.folder)
+        except FloatingPointError as e:
+            raise Stopped(f"{self.folder}: {e}; checkpoint.pt has the last state. Start again with a lower "
+                          "--lr or --lambda", 1) from None
+
+    def finish(self, result):
+        """Write result.json; weights with it and no checkpoint: the run is finished."""
+        cli.write_json(self.folder / "result.json", result | {"args_sha256": self.digest})
+        (self.folder / "checkpoint.pt").unlink(missing_ok=True)
+        cli.resumable = None
+
+
+def verify(path):
+    """InputError unless the digest at the end of a checkpoint is that of the rest."""
+    size = os.path.getsize(path) - 64
+    with open(path, "rb") as file:
+        file.seek(max(0, size))
+        digest = file.read().decode("latin-1")
+    if size < 0 or digest != sha256(path, size):
+        raise _no_checkpoint(path, "its digest does not fit")
+
+
+def _no_checkpoint(path, why):
+    return InputError(f"{path}: not a whole checkpoint of this run ({why}): begin anew in another --out")
+
+
+def identity(args, files):
+    """What args.json holds: flags, command, versions, the data's SHA-256, the git commit of the code."""
+    flags = {key: value for key, value in vars(args).items() if key not in ("resume", "overwrite", "out")}
+    flags["lambda"] = flags.pop("lam")
+    git = ["git", "-C", str(cli.ROOT), "rev-parse", "HEAD"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # no git, or not a checkout
+        commit = None
+    return flags | {"command": shlex.join(sys.argv), "data_sha256": {str(path): sha256(path) for path in files},
+                    "versions": {"python": platform.python_version(), "torch": torch.__version__},
+                    "git_commit": commit}
+
+
+def sha256(path, size=sys.maxsize):
+    """Hex digest of a file's first `size` bytes."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(min(size, 2**24)):
+            digest.update(block)
+            size -= len(block)
+    return digest.hexdigest()
+
+
+class catch_signals:
+    """Within the block SIGINT and SIGTERM are noted, not obeyed: the list it yields is then not empty."""
+
+    def __enter__(self):
+        self.caught, self.old = [], {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.old[number] = signal.signal(number, lambda n, _: self.caught.append(n))
+        return self.caught
+
+    def __exit__(self, *_):
+        for number, handler in self.old.items():
+            signal.signal(number, handler)
