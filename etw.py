@@ -154,7 +154,7 @@ def inside_spans(tokens):
     return inside * tokens.mask.sum(1, keepdim=True) / inside.sum(1, keepdim=True).clamp_min(1)
 
 
-def keep_the_rest(tokens, margin=2.0, sharpness=4.0, keep=10.0):
+def keep_the_rest(tokens, margin=2.5, sharpness=4.0, keep=10.0):
     """ω 2σ(β (log p + m)) − k max(0, 1 − ω), ω = n H / Σ H at the start. Ours, not the paper's.
 
     The push on a token ends at a surprise of m nats, so that nothing is driven on without end; what

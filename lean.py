@@ -33,6 +33,7 @@ class _LeanLoss(torch.autograd.Function):
             dtype = torch.get_autocast_dtype(device)
         with torch.autocast(device, enabled=False):
             work = _Chunk(hidden.to(dtype), head.to(dtype), targets, temperature, chunk)
+            work.trains_head = ctx.needs_input_grad[1]
             loss = 0
             for rows, pieces in chunks(lengths, chunk):
                 # Forward: log p and H of every token of the chunk.
@@ -53,12 +54,14 @@ class _LeanLoss(torch.autograd.Function):
                     if len(pieces) > 1:  # the buffers hold only the last piece
                         probs = work.predict(piece)[0]
                     work.push(piece, probs, c)
-        ctx.save_for_backward(work.grad_x.to(hidden.dtype), work.grad_w.to(head.dtype))
+        grad_w = None if work.grad_w is None else work.grad_w.to(head.dtype)
+        ctx.save_for_backward(work.grad_x.to(hidden.dtype), grad_w)
         return loss
 
     @staticmethod
     def backward(ctx, grad_loss):
-        return *(g if grad_loss == 1 else g * grad_loss for g in ctx.saved_tensors), *[None] * 5
+        grads = [g if g is None or grad_loss == 1 else g * grad_loss for g in ctx.saved_tensors]
+        return *grads, *[None] * 5
 
 
 class _Chunk:
@@ -88,6 +91,8 @@ class _Chunk:
         grad_z.scatter_add_(1, self.targets[piece, None], c[:, None])
         grad_z = grad_z.to(self.x.dtype)
         torch.mm(grad_z, self.w, out=self.grad_x[piece])
+        if not self.trains_head:
+            return
         if self.grad_w is None:
             self.grad_w = (grad_z.T @ self.x[piece]).float()
         elif self.x.dtype == torch.float32:

@@ -95,3 +95,12 @@ def test_a_loss_of_whole_sequences_that_is_no_weighted_sum_gets_its_own_gradient
     common = hidden, head, torch.randint(0, 9, (10,), generator=g), lengths, npo, 1.0
     lean, plain = (torch.autograd.grad(loss, (hidden, head)) for loss in (lean_loss(*common, 6), plain_loss(*common)))
     assert_close(lean, plain, rtol=1e-4, atol=1e-6)
+
+
+def test_a_head_that_is_not_trained_changes_no_gradient_of_the_hidden_states():
+    g, lengths = torch.Generator().manual_seed(0), [3, 4]
+    hidden, head = (torch.randn(rows, 4, generator=g).requires_grad_() for rows in (7, 9))
+    rest = torch.randint(0, 9, (7,), generator=g), lengths, etw_and_retain(lengths)
+    trained = torch.autograd.grad(lean_loss(hidden, head, *rest), hidden)
+    frozen = torch.autograd.grad(lean_loss(hidden, head.detach(), *rest), hidden)
+    assert_close(frozen, trained)

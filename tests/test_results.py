@@ -29,7 +29,7 @@ TABLES = {
 
 
 def record(distance, lost=0.0, endless=0.0, **more):
-    return {"method": "etw", "strength": 0.1, "lr": 1e-3, "epochs": 2, "epoch": 2, "seed": 0,
+    return {"method": "etw", "strength": 0.1, "lr": 1e-3, "epochs": 2, "layers": 1.0, "epoch": 2, "seed": 0,
             "distance": distance, "utility lost": lost, "endless": endless} | more
 
 
@@ -40,6 +40,14 @@ def test_the_setting_chosen_is_nearest_to_the_retrained_model_among_those_that_k
     near, keeps, broken = record(0.5, lost=2.5), record(0.9, lost=2.0), record(0.1, endless=0.06)
     far = record(1.5, lost=-1.0, endless=0.05)
     assert compare.chosen([near, keeps, broken, far], "etw") is keeps
+
+
+def test_a_run_that_forgot_nothing_is_not_chosen_however_near_it_is():
+    goal = {"method": "retrained", "forget informative NLL": 6.0}
+    idle, gone = record(2.0), record(3.0) | {"forget informative NLL": 3.0}
+    idle["forget informative NLL"] = 2.9
+    assert compare.chosen([goal, idle, gone], "etw") is gone
+    assert compare.chosen([goal, idle], "etw") is idle
 
 
 def test_where_no_run_keeps_so_much_the_bound_is_five_points_and_else_there_is_none():

@@ -47,7 +47,7 @@ def run(world, tmp_path):
 
     run.arguments = ["--model", f"{world}/target", "--forget", f"{world}/forget.jsonl", "--retain",
                      f"{world}/retain.jsonl", "--facts", f"{world}/retain.jsonl", "--epochs", "4", "--batch-size", "2",
-                     "--lr", "1e-3", "--lambda", "0.1"]
+                     "--lr", "1e-3", "--lambda", "0.1", "--method", "etw"]
     return run
 
 
@@ -164,6 +164,13 @@ def test_the_same_seed_writes_the_same_bytes_and_another_seed_does_not(run, tmp_
         assert run("--seed", seed, out=name) == 0
     a, b, c = (weights(tmp_path / name) for name in "abc")
     assert a == b != c
+
+
+def test_with_layers_only_the_first_layers_change(run, world, tmp_path):
+    assert run("--layers", 0.5, "--epochs", 1) == 0
+    before, after = (load_file(folder / "model.safetensors") for folder in (world / "target", tmp_path / "run"))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all(".layers.0." in name for name in changed)
 
 
 @pytest.mark.parametrize("method", etw.WEIGHTINGS)
