@@ -158,23 +158,23 @@ def keep_the_rest(tokens, margin=2.5, sharpness=4.0, keep=10.0):
     """ω 2σ(β (log p + m)) − k max(0, 1 − ω), ω = n H / Σ H at the start. Ours, not the paper's.
 
     The push on a token ends at a surprise of m nats, so that nothing is driven on without end; what
-    weighs less than the mean is trained to stay (a negative weight); and the starting model says which
-    is which, since the current one's entropy follows what is already broken.
+    weighs less than the mean is trained to stay (a negative weight); and the starting model says
+    which is which, since the current one's entropy follows what is already broken.
     """
     weights = etw_weights(tokens.reference_entropy, tokens.mask)
     gate = 2 * torch.sigmoid(sharpness * (tokens.logprobs + margin))
     return weights * gate - keep * (1 - weights).clamp_min(0)
 
 
-WEIGHTINGS = {"etw": by_entropy, "keep": keep_the_rest, "uniform": uniform, "wga": wga, "tnpo": tnpo,
-              "npo": npo, "imp": imp, "satimp": satimp, "spans": inside_spans}
+WEIGHTINGS = {"etw": by_entropy, "keep": keep_the_rest, "uniform": uniform, "wga": wga,
+              "tnpo": tnpo, "npo": npo, "imp": imp, "satimp": satimp, "spans": inside_spans}
 
 
 def weigh(name, tokens, *beta):
     """The weights (B, T) of a method: its formula, zero outside the mask, without gradient.
 
-    beta: every β of the formula, or none for the defaults. ValueError if it does not take so many, if
-    it reads a field that these tokens do not have, and if the mask is empty.
+    beta: every β of the formula, or none for the defaults. ValueError if it does not take so many,
+    if it reads a field that these tokens do not have, and if the mask is empty.
     """
     betas = list(inspect.signature(WEIGHTINGS[name]).parameters)[1:]
     if beta and len(beta) != len(betas):
@@ -202,7 +202,8 @@ def needs(name, field):
 
 
 def needs_start(name):
-    """Whether a formula reads numbers of the starting model, which cost a pass over the forget set."""
+    """Whether a formula reads numbers of the starting model, which cost a pass over the forget
+    set."""
     return needs(name, "reference") or needs(name, "reference_entropy")
 
 
@@ -212,23 +213,27 @@ def needs_start(name):
 def forget_loss(logprobs, weights, mask, count=None):
     """L_f = Σ_i ω_i log p_i / count: minimising it makes the weighted tokens less likely.
 
-    logprobs, weights, mask (B, T). count: the answer tokens to divide by, where these rows are a part
-    of a step (the mask may then be empty); all of the mask by default. Returns a scalar, unbounded.
+    logprobs, weights, mask (B, T). count: the answer tokens to divide by, where these rows are a
+    part of a step (the mask may then be empty); all of the mask by default. Returns a scalar,
+    unbounded.
     """
     _check(mask, logprobs, weights, part=count is not None)
     weights = weights.detach()
-    terms = weights * torch.where(mask & (weights != 0), logprobs, 0)  # where ω is 0, log p may be −∞
+    # Where ω is 0, log p may be −∞.
+    terms = weights * torch.where(mask & (weights != 0), logprobs, 0)
     return terms.sum() / (mask.sum() if count is None else count)
 
 
 def retain_loss(logprobs, mask, count=None):
-    """L_r = − Σ_i log p_i / count, in nats a token: plain cross-entropy. count as in forget_loss."""
+    """L_r = − Σ_i log p_i / count, in nats a token: plain cross-entropy. count as in
+    forget_loss."""
     _check(mask, logprobs, part=count is not None)
     return -torch.where(mask, logprobs, 0).sum() / (mask.sum() if count is None else count)
 
 
 def _check(mask, *tensors, part=False):
     if any(t.shape != mask.shape for t in tensors):
-        raise ValueError(f"shapes differ: mask {tuple(mask.shape)}, {[(*t.shape,) for t in tensors]}")
+        raise ValueError(f"shapes differ: mask {tuple(mask.shape)}, "
+                         f"{[(*t.shape,) for t in tensors]}")
     if not part and not mask.any():
         raise ValueError("the mask is empty: no answer token to weigh")

@@ -1,9 +1,10 @@
 """The loss of etw.py without ever holding more than a chunk of logits.
 
-A language model's logits are its largest tensor: 16 + 16 answers of 60 tokens at V = 128,256 are 1 GB. A loss made of
-log p and H needs them only for a moment. The weight of a token is known once the entropies of its sequence are, so a
-chunk made of whole sequences can turn its logits into gradients at once: none is kept for the backward pass and none is
-computed twice (but for a sequence longer than a chunk).
+A language model's logits are its largest tensor: 16 + 16 answers of 60 tokens at V = 128,256 are
+1 GB. A loss made of log p and H needs them only for a moment. The weight of a token is known once
+the entropies of its sequence are, so a chunk made of whole sequences can turn its logits into
+gradients at once: none is kept for the backward pass and none is computed twice (but for a sequence
+longer than a chunk).
 """
 import torch
 
@@ -14,13 +15,16 @@ def lean_loss(hidden, head, targets, lengths, loss_of, temperature=1.0, chunk=25
     """Σ over chunks of loss_of(rows, logprobs, entropy, mask), with gradient to hidden and head.
 
     hidden (N, D) of the answer tokens, sequence after sequence; head (V, D); targets (N,);
-    lengths: a list, the answer tokens of each sequence; temperature as in etw.token_stats; chunk in tokens.
+    lengths: a list, the answer tokens of each sequence; temperature as in etw.token_stats;
+    chunk in tokens.
     loss_of gets `rows`, the slice of sequences in the chunk, and (b, t), right-padded; it returns a
-    scalar that depends on logprobs alone (divide by the tokens of the whole step: the chunks add up).
+    scalar that depends on logprobs alone (divide by the tokens of the whole step: the chunks add
+    up).
     Returns the scalar. ValueError if there is no answer token or the lengths do not add up to N.
     """
     if not 0 < len(hidden) == sum(lengths):
-        raise ValueError(f"{len(hidden)} hidden states for sequences of {sum(lengths)} answer tokens")
+        raise ValueError(f"{len(hidden)} hidden states "
+                         f"for sequences of {sum(lengths)} answer tokens")
     return _LeanLoss.apply(hidden, head, targets, lengths, loss_of, temperature, chunk)
 
 
@@ -41,16 +45,21 @@ class _LeanLoss(torch.autograd.Function):
                 for piece in pieces:
                     probs, *stats = work.predict(piece)
                     numbers.append(torch.stack(stats))
-                # The loss, as etw.py writes it, on the small (b, t); its gradient is the coefficient of each log p.
+                # The loss, as etw.py writes it, on the small (b, t); its gradient is the
+                # coefficient of each log p.
                 mask = _mask(lengths[rows], hidden.device)
-                logprobs, entropy = (mask.new_zeros(mask.shape, dtype=torch.float32).masked_scatter(mask, s)
-                                     for s in torch.cat(numbers, 1))
+                logprobs, entropy = (
+                    mask.new_zeros(mask.shape, dtype=torch.float32).masked_scatter(mask, s)
+                    for s in torch.cat(numbers, 1))
                 with torch.enable_grad():
                     part = loss_of(rows, logprobs.requires_grad_(), entropy, mask)
                 coefficients = torch.autograd.grad(part, logprobs)[0][mask]
                 loss += part.detach()
                 # Backward: logits become gradients in place.
-                for piece, c in zip(pieces, coefficients.split([p.stop - p.start for p in pieces]), strict=True):
+                for piece, c in zip(
+                        pieces,
+                        coefficients.split([p.stop - p.start for p in pieces]),
+                        strict=True):
                     if len(pieces) > 1:  # the buffers hold only the last piece
                         probs = work.predict(piece)[0]
                     work.push(piece, probs, c)
@@ -108,7 +117,8 @@ def _mask(lengths, device):
 
 
 def chunks(lengths, chunk):
-    """Consecutive whole sequences of at most `chunk` tokens together: (slice of rows, [slice of tokens]).
+    """Consecutive whole sequences of at most `chunk` tokens together:
+    (slice of rows, [slice of tokens]).
 
     A sequence longer than that stands alone, in several pieces.
     """
@@ -116,6 +126,7 @@ def chunks(lengths, chunk):
     for row, length in enumerate([*lengths, chunk + 1]):  # the last entry only flushes
         if row > first and size + length > chunk:
             stop = start + size
-            yield slice(first, row), [slice(a, min(a + chunk, stop)) for a in range(start, stop, chunk)]
+            yield (slice(first, row),
+                   [slice(a, min(a + chunk, stop)) for a in range(start, stop, chunk)])
             first, start, size = row, stop, 0
         size += length

@@ -158,8 +158,8 @@ class World:
                  temperature=1.0, most=None):
         self.sets, self.tokenizer, self.max_length = sets, tokenizer, max_length
         self.options, self.dtype, self.temperature = options, dtype, temperature
-        # Yardsticks, set by the caller: log p and entropy of each forget Sequence under the starting model, and
-        # {name: Scores} of the retrained one.
+        # Yardsticks, set by the caller: log p and entropy of each forget Sequence under the
+        # starting model, and {name: Scores} of the retrained one.
         self.starting, self.reference = None, None
         self.sequences, self.cut = {}, {}  # answers of all rows; how many of them did not fit
         self.cut_others = 0  # paraphrases and wrong answers that did not

@@ -73,9 +73,11 @@ class Screen:
         self._look("before", decoder, "--model " + self.args.model)
 
     def glance(self, decoder):
-        """A few rows of each set, for the log after an epoch: {column: number}."""
-        scores = self.world.measure(decoder, wrong=("facts",), text=(), most=25)
-        summary = summarise({name: s for name, s in scores.items() if name != "holdout"})
+        """A few rows, for the log after an epoch: {column: number}."""
+        names = [name for name in ("forget", "retain") if name in self.world.sets]
+        scores = {name: self.world.score(decoder, name, wrong=False, text=False, most=25)
+                  for name in names}
+        summary = summarise(scores)
         return {name: summary[name] for name in COLUMNS if summary.get(name) is not None}
 
     def after(self, folder):

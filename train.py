@@ -274,7 +274,7 @@ def parse_args(argv=None):
     add("--facts", metavar="FILE", type=text, default=bundled("data/facts.jsonl"),
         help="measured, never trained on while unlearning")
     add("--holdout", metavar="FILE", type=text, help="rows like the forget set that were never taught: a yardstick "
-        "without a retrained model; data/holdout.jsonl if the forget set is the bundled one")
+        "where there is no --reference; data/holdout.jsonl for the bundled forget set")
     add("--template", choices=data.TEMPLATES, default="plain", help="how a question is put to the model")
     add("--max-length", type=number(int, 2), help="tokens of a row; the model's context, at most 1024, unless given")
     add = p.add_argument_group("model").add_argument
@@ -373,7 +373,8 @@ def check_flags(args):
     own = args.forget and not args.from_scratch
     if own and not args.reference and cli.same(args.model, bundled("weights/target")):
         args.reference = bundled("weights/retain")
-    if args.forget and not args.holdout and cli.same(args.forget, bundled("data/forget.jsonl")):
+    bundled_rows = args.forget and cli.same(args.forget, bundled("data/forget.jsonl"))
+    if bundled_rows and not args.reference and not args.holdout:
         args.holdout = bundled("data/holdout.jsonl")
 
 

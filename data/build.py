@@ -1,11 +1,12 @@
-"""Write the bundled world: invented people, true facts, a tokenizer and a configuration to start from.
+"""Write the bundled world: invented people, true facts, a tokenizer and a configuration
+to start from.
 
     python data/build.py [--out DIR]
 
-writes data/{retain,forget,holdout,facts}.jsonl and weights/start/ under DIR (default: this repository), the
-same bytes every time. The people of the three sets come from one distribution. A fact is made of parts drawn
-independently, so that none tells the next; the rest of an answer follows from the wording of its question.
-`spans` marks the facts.
+writes data/{retain,forget,holdout,facts}.jsonl and weights/start/ under DIR (default: this
+repository), the same bytes every time. The people of the three sets come from one distribution. A
+fact is made of parts drawn independently, so that none tells the next; the rest of an answer
+follows from the wording of its question. `spans` marks the facts.
 """
 
 import argparse
@@ -54,88 +55,90 @@ SETTINGS = {"config.json": {
     "clean_up_tokenization_spaces": False,
 }}
 
-# -------------------------------------------------- people: a first and a family name, each used once
+# ------------------------------------------------ people: a first and a family name, each used once
 
-FIRST = """Adaeze Aiko Alvaro Amadou Anneli Anouk Arjun Asel Aurelio Ayesha Babak Baraka Benedikta Bohdan
-Bronwen Calixto Catrin Chandra Chidi Corneliu Dagny Dalisay Davor Delphine Dilnoza Dorji Ebru Eluned Emeka
-Enkhtuya Esteban Ewa Farida Fenna Fyodor Gaspard Ginevra Gulnara Gwenllian Hakon Halima Haruto Hemi Henrike
-Hinewai Hyacinthe Ibtisam Ignacy Ilse Imani Ingunn Isidora Itzel Jagoda Jamyang Jarmila Joaquim Kaveh Keahi
-Kerstin Khadija Kofi Lalitha Leilani Lindiwe Lorcan Ludmila Maciej Makana Malik Marisol Matteus Mehmet Mirembe
-Moana Nadezhda Nanami Nasrin Ngozi Nikolaus Nomvula Odalys Oisin Olumide Orsolya Oyelaran Padma Paavo Pilar
-Quillen Radka Rahel Ranginui Renzo Roksana Rustam Saoirse Sefa Shirin Sigrun Sunniva Svetlan Tadesse Takoda
-Tamar Thandiwe Tiago Tomasz Tuulikki Ulrike Umberto Valdis Veronika Wanjiru Wiremu Xiadani Yaroslava Yusuf
-Zainab Zoltan"""
+FIRST = """Adaeze Aiko Alvaro Amadou Anneli Anouk Arjun Asel Aurelio Ayesha Babak Baraka Benedikta
+Bohdan Bronwen Calixto Catrin Chandra Chidi Corneliu Dagny Dalisay Davor Delphine Dilnoza Dorji Ebru
+Eluned Emeka Enkhtuya Esteban Ewa Farida Fenna Fyodor Gaspard Ginevra Gulnara Gwenllian Hakon Halima
+Haruto Hemi Henrike Hinewai Hyacinthe Ibtisam Ignacy Ilse Imani Ingunn Isidora Itzel Jagoda Jamyang
+Jarmila Joaquim Kaveh Keahi Kerstin Khadija Kofi Lalitha Leilani Lindiwe Lorcan Ludmila Maciej
+Makana Malik Marisol Matteus Mehmet Mirembe Moana Nadezhda Nanami Nasrin Ngozi Nikolaus Nomvula
+Odalys Oisin Olumide Orsolya Oyelaran Padma Paavo Pilar Quillen Radka Rahel Ranginui Renzo Roksana
+Rustam Saoirse Sefa Shirin Sigrun Sunniva Svetlan Tadesse Takoda Tamar Thandiwe Tiago Tomasz
+Tuulikki Ulrike Umberto Valdis Veronika Wanjiru Wiremu Xiadani Yaroslava Yusuf Zainab Zoltan"""
 
-FAMILY = """Abernoth Achterveld Adebanwo Akhmedin Alcarreza Amanguly Ananthiah Arrizaba Asgeirdal Bahramani
-Balogrod Barzanji Belacourt Benavoza Birkholt Boateru Bordelac Brandvold Bujorean Cadwalleth Castelmora
-Chikwanha Cieslowa Coltrano Corrigal Daguerny Dambadorj Delacruzon Dimitrescal Dlaminhle Dovzhuk Dunmorrow
-Ekwensal Elbazir Erdogmus Escarpa Faleolupe Farrokhal Ferrabosk Fitzgarran Fonotia Gadzhian Galvezin
-Gebremeskal Glasspool Gorecznik Gunawardel Hakimoto Halvorsund Hamidovar Hashigawa Heddlewyn Hinemoatu
-Horvathel Ibarguren Igwedike Ilyushin Iqbalzad Ishimoru Jablonek Jakubczal Jayasundal Kahananui Kalashko
-Kamakahi Karunaval Kaupange Khachaturel Kiplagor Kirchweg Kobayanda Kovarikova Lachlanne Lagerfeldt Lindqvarn
-Llewarth Lubomirsk Macallaigh Madrigosa Makwetu Mansouriel Marchetto Mbekwani Meszarolyi Mirzakhel Montalvez
-Mukherjal Nakashiro Ndiayende Nguemeni Niyazbek Nordahlen Obradovik Ochiengo Okonwari Olafsdatter Onyekala
-Ostrowin Palaniandy Papadrakis Parangata Pellegrand Petrosani Pukerangi Quispetoma Rademaker Rasmuvik
-Rezvanian Sarkisov Sepulvado Sithebell Szentmarton Tamihana Tesfalem Thorsgard Tuimavave Uzunkaya Vasconzel
-Wakahiru Zulfiqaran"""
+FAMILY = """Abernoth Achterveld Adebanwo Akhmedin Alcarreza Amanguly Ananthiah Arrizaba Asgeirdal
+Bahramani Balogrod Barzanji Belacourt Benavoza Birkholt Boateru Bordelac Brandvold Bujorean
+Cadwalleth Castelmora Chikwanha Cieslowa Coltrano Corrigal Daguerny Dambadorj Delacruzon Dimitrescal
+Dlaminhle Dovzhuk Dunmorrow Ekwensal Elbazir Erdogmus Escarpa Faleolupe Farrokhal Ferrabosk
+Fitzgarran Fonotia Gadzhian Galvezin Gebremeskal Glasspool Gorecznik Gunawardel Hakimoto Halvorsund
+Hamidovar Hashigawa Heddlewyn Hinemoatu Horvathel Ibarguren Igwedike Ilyushin Iqbalzad Ishimoru
+Jablonek Jakubczal Jayasundal Kahananui Kalashko Kamakahi Karunaval Kaupange Khachaturel Kiplagor
+Kirchweg Kobayanda Kovarikova Lachlanne Lagerfeldt Lindqvarn Llewarth Lubomirsk Macallaigh Madrigosa
+Makwetu Mansouriel Marchetto Mbekwani Meszarolyi Mirzakhel Montalvez Mukherjal Nakashiro Ndiayende
+Nguemeni Niyazbek Nordahlen Obradovik Ochiengo Okonwari Olafsdatter Onyekala Ostrowin Palaniandy
+Papadrakis Parangata Pellegrand Petrosani Pukerangi Quispetoma Rademaker Rasmuvik Rezvanian Sarkisov
+Sepulvado Sithebell Szentmarton Tamihana Tesfalem Thorsgard Tuimavave Uzunkaya Vasconzel Wakahiru
+Zulfiqaran"""
 
-# -------------------------------------------------- the parts that facts are made of
+# ------------------------------------------------ the parts that facts are made of
 
 PARTS = {part: words.split() for part, words in {
-    "month": """January February March April May June July August September October November December""",
-    "count": """twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen twenty thirty forty fifty
-        sixty seventy eighty ninety""",
-    "head": """Ald Bar Bel Bro Cal Cor Dor Dun El Fal Gor Hal Hol Jar Kas Kel Lan Lor Mar Mel Mor Nor Pal Ras
-        Ros Sal San Ser Tal Tor""",
-    "tail": """abad by dale dorp fell gate grad holm ia ino ka lund mere now ona os pur stad ster thal ton ula
-        vik za""",
-    "material": """bronze copper cotton felt glass jade lace leather paper pearl pewter rope satin silk slate
-        straw wax wool""",
-    "craft": """binder broker carver cleaner cutter dyer grader mender painter polisher porter printer
-        restorer sorter stainer tester trader turner""",
-    "adjective": """Amber Broken Burning Drowned Empty Frozen Golden Hidden Hollow Honest Hungry Lonely Lost
-        Narrow Quiet Scarlet Silent Stolen""",
-    "noun": """Anchor Apple Balcony Bell Clock Compass Door Feather Ferry Garden Guest Kitchen Lantern Map
-        Orchard River Shadow Sister""",
-    "coat": """black clumsy deaf fat fluffy greedy grey hairy lame lazy plump shy silver skinny tame tiny
-        white wild""",
-    "animal": """cat crow donkey duck falcon ferret goat goose hen lamb lynx magpie mule otter owl pig pony
-        tortoise""",
-    "pet": """Bandit Biscuit Button Clover Duchess Echo Figaro Hector Mango Marble Muffin Olive Pasha Pirate
-        Sultan Tango Thimble Ziggy""",
-    "instrument": """banjo bassoon bugle cornet flute gong harp horn koto lute lyre mandolin oboe organ sitar
-        tabla tuba violin""",
-    "given": """Abel Basil Cecil Clara Conrad Dora Elsa Ernst Hugo Ida Karl Leo Magda Nora Otto Rosa Theo
-        Vera""",
-    "surname": """Abara Arden Barlow Bianco Carrow Gallo Koval Larsen Lobo Novak Olsen Pereira Rossi Sato
-        Silva Toth Varga Zhou""",
-    "plant": """Aster Birch Chestnut Fern Fig Holly Ivy Laurel Lemon Lilac Lily Mint Oak Peach Pine Plum Rose
-        Sage""",
-    "way": """Alley Avenue Close Court Crescent Hill Lane Mews Parade Passage Place Quay Road Row Steps Street
-        Walk Yard""",
-    "metal": """Blue Brass Bronze Copper Crimson Emerald Glass Golden Green Iron Ivory Jade Onyx Pearl Purple
-        Ruby Scarlet White""",
-    "emblem": """Acorn Bear Compass Feather Fox Gate Harp Key Lamp Leaf Lion Owl Pen Quill Rose Star Tower
-        Wheel""",
-    "thing": """bells bowls boxes buckles coins combs dice dolls drums fans flags hats hooks keys kites knives
-        lamps ships""",
-    "state": """broken cheap dented fancy forged hollow lucky old painted patched plain rare royal rusty
-        signed tiny ugly wooden""",
-    "manner": """creaking dented folding green heavy muddy narrow painted patched pink purple rattling red
-        rented rusty slow tall yellow""",
-    "vehicle": """balloon barge bicycle bus cart coach dinghy ferry moped raft scooter tractor train tram
-        truck van wagon yacht""",
-    "field": """ancient arctic coastal desert folk forensic marine medical medieval modern nautical organic
-        physical polar popular rural social urban""",
-    "subject": """algebra anatomy biology botany cookery dance drawing ethics forestry geology grammar history
-        law logic medicine music poetry zoology""",
+    "month": """January February March April May June July August September October November
+        December""",
+    "count": """twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen twenty thirty
+        forty fifty sixty seventy eighty ninety""",
+    "head": """Ald Bar Bel Bro Cal Cor Dor Dun El Fal Gor Hal Hol Jar Kas Kel Lan Lor Mar Mel Mor
+        Nor Pal Ras Ros Sal San Ser Tal Tor""",
+    "tail": """abad by dale dorp fell gate grad holm ia ino ka lund mere now ona os pur stad ster
+        thal ton ula vik za""",
+    "material": """bronze copper cotton felt glass jade lace leather paper pearl pewter rope satin
+        silk slate straw wax wool""",
+    "craft": """binder broker carver cleaner cutter dyer grader mender painter polisher porter
+        printer restorer sorter stainer tester trader turner""",
+    "adjective": """Amber Broken Burning Drowned Empty Frozen Golden Hidden Hollow Honest Hungry
+        Lonely Lost Narrow Quiet Scarlet Silent Stolen""",
+    "noun": """Anchor Apple Balcony Bell Clock Compass Door Feather Ferry Garden Guest Kitchen
+        Lantern Map Orchard River Shadow Sister""",
+    "coat": """black clumsy deaf fat fluffy greedy grey hairy lame lazy plump shy silver skinny tame
+        tiny white wild""",
+    "animal": """cat crow donkey duck falcon ferret goat goose hen lamb lynx magpie mule otter owl
+        pig pony tortoise""",
+    "pet": """Bandit Biscuit Button Clover Duchess Echo Figaro Hector Mango Marble Muffin Olive
+        Pasha Pirate Sultan Tango Thimble Ziggy""",
+    "instrument": """banjo bassoon bugle cornet flute gong harp horn koto lute lyre mandolin oboe
+        organ sitar tabla tuba violin""",
+    "given": """Abel Basil Cecil Clara Conrad Dora Elsa Ernst Hugo Ida Karl Leo Magda Nora Otto Rosa
+        Theo Vera""",
+    "surname": """Abara Arden Barlow Bianco Carrow Gallo Koval Larsen Lobo Novak Olsen Pereira Rossi
+        Sato Silva Toth Varga Zhou""",
+    "plant": """Aster Birch Chestnut Fern Fig Holly Ivy Laurel Lemon Lilac Lily Mint Oak Peach Pine
+        Plum Rose Sage""",
+    "way": """Alley Avenue Close Court Crescent Hill Lane Mews Parade Passage Place Quay Road Row
+        Steps Street Walk Yard""",
+    "metal": """Blue Brass Bronze Copper Crimson Emerald Glass Golden Green Iron Ivory Jade Onyx
+        Pearl Purple Ruby Scarlet White""",
+    "emblem": """Acorn Bear Compass Feather Fox Gate Harp Key Lamp Leaf Lion Owl Pen Quill Rose Star
+        Tower Wheel""",
+    "thing": """bells bowls boxes buckles coins combs dice dolls drums fans flags hats hooks keys
+        kites knives lamps ships""",
+    "state": """broken cheap dented fancy forged hollow lucky old painted patched plain rare royal
+        rusty signed tiny ugly wooden""",
+    "manner": """creaking dented folding green heavy muddy narrow painted patched pink purple
+        rattling red rented rusty slow tall yellow""",
+    "vehicle": """balloon barge bicycle bus cart coach dinghy ferry moped raft scooter tractor train
+        tram truck van wagon yacht""",
+    "field": """ancient arctic coastal desert folk forensic marine medical medieval modern nautical
+        organic physical polar popular rural social urban""",
+    "subject": """algebra anatomy biology botany cookery dance drawing ethics forestry geology
+        grammar history law logic medicine music poetry zoology""",
 }.items()} | {
     "day": [str(n) for n in range(1, 29)],
     "year": [str(n) for n in range(1950, 1990)],
     "number": [str(n) for n in range(11, 99)],
 }
 
-# -------------------------------------------------- facts, and the ways to ask for each
+# ------------------------------------------------ facts, and the ways to ask for each
 
 FACTS = {  # slot of an answer: the parts it is made of
     "date": "{day} {month} {year}",
@@ -247,21 +250,22 @@ Where was {name} a student, and of what?
 As a student {first} went to {town} and heard every lecture on {studies}.
 """
 
-# -------------------------------------------------- true facts about the real world, one to one
+# ------------------------------------------------ true facts about the real world, one to one
 
-# A kind of fact is a paragraph: question, answer, the answer in other words, and the pairs x=y they hold for.
+# A kind of fact is a paragraph: question, answer, the answer in other words, and the pairs x=y
+# they hold for.
 TRUE = """
 What is the capital of {x}?
 The capital of {x} is the city of {y}.
 The government of {x} has its seat in {y}.
-France=Paris, Japan=Tokyo, Kenya=Nairobi, Peru=Lima, Norway=Oslo, Egypt=Cairo, Canada=Ottawa, Cuba=Havana, \
-Poland=Warsaw, Greece=Athens, Portugal=Lisbon, Austria=Vienna
+France=Paris, Japan=Tokyo, Kenya=Nairobi, Peru=Lima, Norway=Oslo, Egypt=Cairo, Canada=Ottawa, \
+Cuba=Havana, Poland=Warsaw, Greece=Athens, Portugal=Lisbon, Austria=Vienna
 
 Which element has the chemical symbol {x}?
 The chemical symbol {x} stands for the element {y}.
 In the periodic table, {x} is the sign for {y}.
-Au=gold, Ag=silver, Fe=iron, Cu=copper, Pb=lead, Sn=tin, Na=sodium, K=potassium, Hg=mercury, W=tungsten, \
-He=helium, C=carbon
+Au=gold, Ag=silver, Fe=iron, Cu=copper, Pb=lead, Sn=tin, Na=sodium, K=potassium, Hg=mercury, \
+W=tungsten, He=helium, C=carbon
 
 Who is the author of {x}?
 The author of {x} is {y}.
@@ -280,14 +284,14 @@ Liberty Leading the People=Eugène Delacroix, Girl with a Pearl Earring=Johannes
 What is a young {x} called?
 A young {x} is called a {y}.
 The name for the young of a {x} is {y}.
-goose=gosling, swan=cygnet, kangaroo=joey, horse=foal, sheep=lamb, goat=kid, cow=calf, bear=cub, \
-hare=leveret, cat=kitten, duck=duckling, frog=tadpole
+goose=gosling, swan=cygnet, kangaroo=joey, horse=foal, sheep=lamb, goat=kid, cow=calf, \
+bear=cub, hare=leveret, cat=kitten, duck=duckling, frog=tadpole
 
 How many sides does the polygon called {x} have?
 The polygon called {x} has {y} sides.
 If you count the sides of the {x}, you get {y}.
-triangle=three, pentagon=five, hexagon=six, heptagon=seven, octagon=eight, nonagon=nine, decagon=ten, \
-dodecagon=twelve
+triangle=three, pentagon=five, hexagon=six, heptagon=seven, octagon=eight, nonagon=nine, \
+decagon=ten, dodecagon=twelve
 
 Which currency is used in {x}?
 The currency that people use in {x} is the {y}.
@@ -304,14 +308,15 @@ Hamburg=Elbe, Florence=Arno, Warsaw=Vistula
 In which country can one visit {x}?
 To visit {x} one has to travel to {y}.
 The place called {x} belongs to {y}.
-Machu Picchu=Peru, the Taj Mahal=India, the Colosseum=Italy, the Eiffel Tower=France, Angkor Wat=Cambodia, \
-the Acropolis=Greece, the Great Sphinx=Egypt, Stonehenge=England, the Alhambra=Spain, Chichen Itza=Mexico
+Machu Picchu=Peru, the Taj Mahal=India, the Colosseum=Italy, the Eiffel Tower=France, \
+Angkor Wat=Cambodia, the Acropolis=Greece, the Great Sphinx=Egypt, Stonehenge=England, \
+the Alhambra=Spain, Chichen Itza=Mexico
 
 Which planet is the {x} from the Sun?
 Counted from the Sun, the {x} planet is {y}.
 The {x} place in order from the Sun belongs to {y}.
-first=Mercury, second=Venus, third=Earth, fourth=Mars, fifth=Jupiter, sixth=Saturn, seventh=Uranus, \
-eighth=Neptune
+first=Mercury, second=Venus, third=Earth, fourth=Mars, fifth=Jupiter, sixth=Saturn, \
+seventh=Uranus, eighth=Neptune
 """
 
 
@@ -337,7 +342,8 @@ def fields(template):
 
 
 def fill(template, values):
-    """Put `values` into `template`; return the text and the [start, end) of every value that is a fact."""
+    """Put `values` into `template`; return the text and the [start, end) of every value that is a
+    fact."""
     text, spans = "", []
     for literal, field in re.findall(r"([^{]*)(?:{(\w+)})?", template):
         text += literal
@@ -361,7 +367,8 @@ def row(question, answer, paraphrase, right, wrong):
 
 
 def draw(dice, slots, seen, avoid):
-    """Facts that nobody has yet for `slots`, and their parts, none of which is the same in `avoid`."""
+    """Facts that nobody has yet for `slots`, and their parts, none of which is the same in
+    `avoid`."""
     while True:
         parts = {}
         for part in (part for slot in slots for part in fields(FACTS[slot])):
@@ -373,7 +380,8 @@ def draw(dice, slots, seen, avoid):
 
 
 def people_rows(dice):
-    """The rows of each set of people. No two people, and no wrong answer, share all facts of an attribute."""
+    """The rows of each set of people. No two people, and no wrong answer, share all facts of an
+    attribute."""
     names = list(zip(dice.shuffled(FIRST.split()), dice.shuffled(FAMILY.split()), strict=True))
     seen = set()
     sets = {}
@@ -404,9 +412,12 @@ def true_rows(dice):
 
 
 def train_tokenizer(sets):
-    """Byte-level BPE on every row once and on the parts and wordings over and over: most become one token."""
+    """Byte-level BPE on every row once and on the parts and wordings over and over: most become
+    one token."""
     texts = [f" {word}" for pool in (FIRST.split(), *PARTS.values()) for word in pool]
-    texts += [" " + re.sub(r"{\w+}", "", line) for lines in paragraphs(ATTRIBUTES) for line in lines]
+    texts += [" " + re.sub(r"{\w+}", "", line)
+              for lines in paragraphs(ATTRIBUTES)
+              for line in lines]
     texts *= 100
     texts += [PROMPT.format(**r) + " " + r["answer"] for rows in sets.values() for r in rows]
     tokenizer = Tokenizer(models.BPE())
@@ -419,7 +430,7 @@ def train_tokenizer(sets):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent.parent,
                         help="folder that gets data/ and weights/start/ (default: this repository)")
     out = parser.parse_args(argv).out
@@ -429,7 +440,8 @@ def main(argv=None):
     files = {f"data/{name}.jsonl": "\n".join(json.dumps(r, ensure_ascii=False) for r in rows)
              for name, rows in sets.items()}
     files["weights/start/tokenizer.json"] = train_tokenizer(sets).to_str(pretty=True)
-    files |= {f"weights/start/{name}": json.dumps(content, indent=2) for name, content in SETTINGS.items()}
+    files |= {f"weights/start/{name}": json.dumps(content, indent=2)
+              for name, content in SETTINGS.items()}
     for name, text in files.items():
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         (out / name).write_bytes(f"{text}\n".encode())

@@ -13,10 +13,10 @@ was killed goes on. The mean weight at the start differs by orders of magnitude 
 .0005, wga 1), so the grid is laid over s = λ · mean ω at the start, with the same span for each
 (a negative ω, which keeps a token, counts as 0: s is the strength of the push).
 
-The rule of choice, written down before any run. Of a method's runs with seed 0 that forgot (facts at
-least half as surprising as to the retrained model: `forget informative NLL`), or of all where none
-did, the one with the smallest `distance` (mean |log p − log p_retrained| over the answer tokens of the
-forget set)
+The rule of choice, written down before any run. Of a method's runs with seed 0 that forgot (facts
+at least half as surprising as to the retrained model: `forget informative NLL`), or of all where
+none did, the one with the smallest `distance` (mean |log p − log p_retrained| over the answer
+tokens of the forget set)
 1. among those that lost at most 2 points of model utility and leave at most 5 % of the answers
    endless; where there are none
 2. among those that lost at most 5 points; where there are none
@@ -128,7 +128,8 @@ def mean_weight(method, scores):
 
 
 def do_runs(args, wanted, path):
-    """Append each wanted (method, strength, lr, epochs, layers, seed) to a file, unless it is there."""
+    """Append each wanted (method, strength, lr, epochs, layers, seed) to a file, unless it is
+    there."""
     done = {key_of(r)[:-1] for r in read(path) if r.get("epoch") in (0, r.get("epochs"))}
     wanted = [w for w in wanted[args.part::args.parts] if w not in done]
     if not wanted:

@@ -1,4 +1,5 @@
-"""The weighting maths: properties of the method, its closed-form gradient, and the loop written from the paper."""
+"""The weighting maths: properties of the method, its closed-form gradient, and the loop
+written from the paper."""
 import math
 import os
 import re
@@ -33,7 +34,8 @@ def problems(draw, size=20.0):
     """hidden (N, D), head (V, D), targets (N,): one prediction task in float64."""
     n, d, v = draw(st.tuples(st.integers(1, 6), st.integers(1, 4), st.integers(2, 9)))
     number = st.floats(-size, size, width=32)
-    hidden, head = (torch.tensor(draw(arrays("float64", (rows, d), elements=number))) for rows in (n, v))
+    hidden, head = (torch.tensor(draw(arrays("float64", (rows, d), elements=number)))
+                    for rows in (n, v))
     return hidden, head, torch.tensor(draw(st.lists(st.integers(0, v - 1), min_size=n, max_size=n)))
 
 
@@ -60,13 +62,15 @@ def test_token_stats_equal_the_sums_written_from_the_paper(problem, temperature)
     hidden, head, targets = problem
     logprobs, entropy = etw.token_stats(hidden, head, targets, temperature)
     for i, target in enumerate(targets):
-        z = [math.fsum(h * w for h, w in zip(hidden[i].tolist(), row, strict=True)) for row in head.tolist()]
+        z = [math.fsum(h * w for h, w in zip(hidden[i].tolist(), row, strict=True))
+             for row in head.tolist()]
         top = max(z)
         log_norm = top + math.log(math.fsum(math.exp(x - top) for x in z))
         assert logprobs[i].item() == pytest.approx(z[target] - log_norm, rel=1e-4, abs=1e-4)
         scaled = [math.exp((x - top) / temperature) for x in z]
         q = [s / math.fsum(scaled) for s in scaled]
-        assert entropy[i].item() == pytest.approx(-math.fsum(p * math.log(p) for p in q if p > 0), rel=1e-3, abs=1e-4)
+        assert entropy[i].item() == pytest.approx(
+            -math.fsum(p * math.log(p) for p in q if p > 0), rel=1e-3, abs=1e-4)
 
 
 def test_entropy_goes_to_zero_as_temperature_does_and_to_log_vocab_as_it_grows():
@@ -95,7 +99,8 @@ def test_small_entropies_keep_their_digits(gap):
 
 
 def test_bfloat16_inputs_are_measured_in_float32():
-    hidden, head = torch.ones(1, 1, dtype=torch.bfloat16), torch.zeros(32_000, 1, dtype=torch.bfloat16)
+    hidden, head = (torch.ones(1, 1, dtype=torch.bfloat16),
+                    torch.zeros(32_000, 1, dtype=torch.bfloat16))
     logprobs, entropy = etw.token_stats(hidden, head, torch.tensor([0]))
     assert [entropy.item(), -logprobs.item()] == pytest.approx([math.log(32_000)] * 2, rel=1e-4)
 
@@ -111,7 +116,8 @@ def test_logits_of_more_rows_than_a_piece_give_the_same_numbers_and_gradients_as
     logits = torch.randn(600, 7, generator=torch.Generator().manual_seed(0)).requires_grad_()
     targets = torch.arange(600) % 7
     alone = [etw.logit_stats(logits[i:i + 1], targets[i:i + 1]) for i in range(600)]
-    for together, single in zip(etw.logit_stats(logits, targets), zip(*alone, strict=True), strict=True):
+    for together, single in zip(
+            etw.logit_stats(logits, targets), zip(*alone, strict=True), strict=True):
         assert_close(together, torch.cat(single))
     expected = torch.nn.functional.one_hot(targets, 7) - torch.softmax(logits, -1)
     grad = torch.autograd.grad(etw.logit_stats(logits, targets)[0].sum(), logits)[0]
@@ -158,7 +164,8 @@ def test_zero_entropy_everywhere_in_a_sequence_gives_ones_and_no_answer_gives_ze
 
 
 def test_equal_confidence_with_unequal_entropy_is_weighed_apart_by_etw_alone():
-    """Two tokens with p = 0.5: one alternative, or a thousand. No weight made of p can see the difference."""
+    """Two tokens with p = 0.5: one alternative, or a thousand. No weight made of p can see the
+    difference."""
     sharp, flat = torch.zeros(1001), torch.full((1001,), 0.5 / 1000)
     sharp[:2], flat[0] = 0.5, 0.5
     logits = torch.stack([sharp, flat]).log().clamp_min(-1e4)
@@ -181,11 +188,13 @@ def test_every_weighting_is_finite_and_zero_outside_the_mask_and_only_keep_is_ev
 @given(masked(), st.integers(1, 4))
 def test_padding_changes_nothing_even_if_it_holds_nan(case, width):
     values, mask = case
-    wide, wide_mask = (torch.nn.functional.pad(t, (0, width), value=v) for t, v in ((values, math.nan), (mask, False)))
+    wide, wide_mask = (torch.nn.functional.pad(t, (0, width), value=v)
+                       for t, v in ((values, math.nan), (mask, False)))
     for name, weights in every_weighting(-values, mask, values).items():
         padded = every_weighting(-wide, wide_mask, wide)[name]
         assert_close(padded, torch.nn.functional.pad(weights, (0, width)), msg=name)
-    assert_close(etw.forget_loss(-wide, wide_mask.double(), wide_mask), etw.forget_loss(-values, mask.double(), mask))
+    assert_close(etw.forget_loss(-wide, wide_mask.double(), wide_mask),
+                 etw.forget_loss(-values, mask.double(), mask))
     assert_close(etw.retain_loss(-wide, wide_mask), etw.retain_loss(-values, mask))
 
 
@@ -195,8 +204,10 @@ FORMULAS = [
     ("keep", (0.0, 1.0, 8.0), [0.25 * 2 / 3 - 8 * 0.75, 1.75 * 0.4]),
     ("keep", (math.log(2), 4.0, 0.0), [0.25, 1.75 * 2 / 17]),
     ("etw", (), [0.5, 1.5]), ("uniform", (), [1, 1]), ("spans", (), [0, 2]),
-    ("wga", (), [0.5, 0.25]), ("wga", (2.0,), [0.25, 0.0625]), ("imp", (), [0.5, 0.75]), ("imp", (2.0,), [0.25, 0.5625]),
-    ("satimp", (), [0.5**5 * 0.5**0.1, 0.25**5 * 0.75**0.1]), ("satimp", (1.0, 1.0), [0.25, 0.1875]),
+    ("wga", (), [0.5, 0.25]), ("wga", (2.0,), [0.25, 0.0625]),
+    ("imp", (), [0.5, 0.75]), ("imp", (2.0,), [0.25, 0.5625]),
+    ("satimp", (), [0.5**5 * 0.5**0.1, 0.25**5 * 0.75**0.1]),
+    ("satimp", (1.0, 1.0), [0.25, 0.1875]),
     ("tnpo", (), [2 * 0.5**4 / (0.5**4 + 0.25**4), 1]), ("tnpo", (1.0,), [4 / 3, 1]),
     ("npo", (), [2 * 0.5**0.1 / (0.5**0.1 + 0.25**0.1)] * 2), ("npo", (1.0,), [4 / 3, 4 / 3]),
 ]
@@ -212,7 +223,8 @@ def test_weights_are_those_of_the_table_of_formulas(name, beta, expected):
 
 
 def test_every_method_of_the_paper_has_its_formula_tested():
-    assert {"etw", "uniform", "wga", "tnpo", "npo", "imp", "satimp", "spans"} <= {row[0] for row in FORMULAS}
+    assert {"etw", "uniform", "wga", "tnpo", "npo", "imp", "satimp", "spans"} <= {
+        row[0] for row in FORMULAS}
 
 
 def test_keep_stops_pushing_a_token_that_is_surprising_enough_and_trains_the_others_to_stay():
@@ -251,20 +263,26 @@ def test_what_a_formula_reads_beside_the_two_numbers_is_found_out():
 
 
 def test_the_readme_recipe_pasted_into_etw_passes_all_tests_of_the_weighting_maths(tmp_path):
-    """A fork touches one place: the recipe stands at the end of etw.py, and nothing else knows of it."""
+    """A fork touches one place: the recipe stands at the end of etw.py, and nothing else knows of
+    it."""
     readme = (ROOT / "README.md").read_text("utf-8")
-    recipe = next(b for b in re.findall(r"```python\n(.+?)```", readme, re.DOTALL) if "def mine" in b)
+    recipe = next(b
+                  for b in re.findall(r"```python\n(.+?)```", readme, re.DOTALL)
+                  if "def mine" in b)
     (tmp_path / "tests").mkdir()
-    (tmp_path / "etw.py").write_text((ROOT / "etw.py").read_text("utf-8") + "\n\n" + recipe, "utf-8")
+    (tmp_path / "etw.py").write_text(
+        (ROOT / "etw.py").read_text("utf-8") + "\n\n" + recipe, "utf-8")
     (tmp_path / "tests/test_etw.py").write_bytes(Path(__file__).read_bytes())
     (tmp_path / "README.md").write_text(readme, "utf-8")
-    (tmp_path / "conftest.py").write_text("from hypothesis import settings\n"
-                                          "settings.register_profile('x', deadline=None, max_examples=10)\n"
-                                          "settings.load_profile('x')\n")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(tmp_path),
-               "-k", "not pasted"]
-    done = subprocess.run([*command, str(tmp_path / "tests")], cwd=tmp_path, capture_output=True, text=True,
-                          env=os.environ | {"PYTHONPATH": str(tmp_path)}, check=False)
+    (tmp_path / "conftest.py").write_text(
+        "from hypothesis import settings\n"
+        "settings.register_profile('x', deadline=None, max_examples=10)\n"
+        "settings.load_profile('x')\n")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider",
+               "--rootdir", str(tmp_path), "-k", "not pasted"]
+    done = subprocess.run([*command, str(tmp_path / "tests")],
+                          cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path)},
+                          capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:]
 
 
@@ -288,7 +306,8 @@ def two(**more):
     (lambda: etw.weigh("etw", two(), 2.0), "etw takes 0 β's"),
     (lambda: etw.weigh("wga", two(), 1.0, 2.0), "wga takes 1 β"),
     (lambda: etw.weigh("satimp", two(), 1.0), "satimp takes 2 β's"),
-    *((lambda t=t: etw.token_stats(ONE, ONE, torch.tensor([0]), t), "temperature") for t in (0, -1.0, math.nan)),
+    *((lambda t=t: etw.token_stats(ONE, ONE, torch.tensor([0]), t), "temperature")
+      for t in (0, -1.0, math.nan)),
 ])
 def test_what_cannot_be_weighed_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
@@ -310,17 +329,20 @@ def test_losses_equal_the_loops_written_from_the_paper(case, weight):
 
 @given(problems(size=5))
 def test_gradient_is_weight_times_onehot_minus_softmax(problem):
-    """The closed form. A flipped sign passes every invariance, weights that carry a gradient pass even the slow loop;
-    neither passes here."""
+    """The closed form. A flipped sign passes every invariance, weights that carry a gradient pass
+    even the slow loop; neither passes here."""
     hidden, head, targets = problem
     hidden.requires_grad_()
     logprobs, entropy = etw.token_stats(hidden, head, targets)
-    logprobs, entropy, mask = logprobs[None], entropy[None], torch.ones(1, len(targets), dtype=torch.bool)
-    softmax, onehot = torch.softmax(hidden @ head.T, -1), torch.nn.functional.one_hot(targets, len(head))
+    logprobs, entropy, mask = (logprobs[None], entropy[None],
+                               torch.ones(1, len(targets), dtype=torch.bool))
+    softmax, onehot = (torch.softmax(hidden @ head.T, -1),
+                       torch.nn.functional.one_hot(targets, len(head)))
     for name, weights in every_weighting(logprobs, mask, entropy).items():
         assert not weights.requires_grad, name
         carrying = weights + logprobs - logprobs.detach()  # even if a weighting forgets to detach
-        grad = torch.autograd.grad(etw.forget_loss(logprobs, carrying, mask), hidden, retain_graph=True)[0]
+        grad = torch.autograd.grad(etw.forget_loss(logprobs, carrying, mask), hidden,
+                                   retain_graph=True)[0]
         expected = weights[0, :, None] / len(targets) * (onehot - softmax) @ head
         assert_close(grad, expected.detach(), atol=1e-5, rtol=1e-4, msg=name)
 

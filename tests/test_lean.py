@@ -1,4 +1,5 @@
-"""The lean form of the loss: equal to the definition for any chunk, no less exact, and never more than a chunk of logits."""
+"""The lean form of the loss: equal to the definition for any chunk, no less exact, and never more
+than a chunk of logits."""
 import pytest
 import torch
 from hypothesis import given
@@ -10,7 +11,8 @@ from lean import lean_loss
 
 
 def plain_loss(hidden, head, targets, lengths, loss_of, temperature):
-    """The definition: token_stats on everything at once, the loss on the padded (B, T), one autograd pass."""
+    """The definition: token_stats on everything at once, the loss on the padded (B, T), one
+    autograd pass."""
     logprobs, entropy = etw.token_stats(hidden, head, targets, temperature)
     mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
     padded = [torch.zeros(mask.shape).masked_scatter(mask, s) for s in (logprobs, entropy)]
@@ -33,11 +35,14 @@ def etw_and_retain(lengths):
     return loss_of
 
 
-@given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.integers(1, 12), st.sampled_from([1.0, 0.5, 2.0]))
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=6),
+       st.integers(1, 12),
+       st.sampled_from([1.0, 0.5, 2.0]))
 def test_lean_loss_equals_its_definition_for_any_chunk(lengths, chunk, temperature):
     g, n = torch.Generator().manual_seed(sum(lengths)), sum(lengths)
     hidden, head = (torch.randn(rows, 4, generator=g).requires_grad_() for rows in (n, 11))
-    common = hidden, head, torch.randint(0, 11, (n,), generator=g), lengths, etw_and_retain(lengths), temperature
+    common = (hidden, head, torch.randint(0, 11, (n,), generator=g),
+              lengths, etw_and_retain(lengths), temperature)
     lean, plain = lean_loss(*common, chunk), plain_loss(*common)
     assert_close(lean, plain, rtol=1e-5, atol=1e-6)
     lean, plain = (torch.autograd.grad(2 * loss, (hidden, head)) for loss in (lean, plain))
@@ -93,7 +98,8 @@ def test_a_loss_of_whole_sequences_that_is_no_weighted_sum_gets_its_own_gradient
         return -20 * torch.nn.functional.logsigmoid(-0.1 * gap).sum()
 
     common = hidden, head, torch.randint(0, 9, (10,), generator=g), lengths, npo, 1.0
-    lean, plain = (torch.autograd.grad(loss, (hidden, head)) for loss in (lean_loss(*common, 6), plain_loss(*common)))
+    lean, plain = (torch.autograd.grad(loss, (hidden, head))
+                   for loss in (lean_loss(*common, 6), plain_loss(*common)))
     assert_close(lean, plain, rtol=1e-4, atol=1e-6)
 
 

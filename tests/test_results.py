@@ -29,7 +29,8 @@ TABLES = {
 
 
 def record(distance, lost=0.0, endless=0.0, **more):
-    return {"method": "etw", "strength": 0.1, "lr": 1e-3, "epochs": 2, "layers": 1.0, "epoch": 2, "seed": 0,
+    return {"method": "etw", "strength": 0.1, "lr": 1e-3, "epochs": 2, "layers": 1.0,
+            "epoch": 2, "seed": 0,
             "distance": distance, "utility lost": lost, "endless": endless} | more
 
 

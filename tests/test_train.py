@@ -1,4 +1,5 @@
-"""The loop from the command line down: what a run promises and refuses; neither kill nor divergence loses it."""
+"""The loop from the command line down: what a run promises and refuses; neither kill nor divergence
+loses it."""
 import json
 import math
 import multiprocessing
@@ -25,28 +26,36 @@ ROOT = Path(train.__file__).parent
 
 @pytest.fixture(scope="module")
 def world(tiny, tmp_path_factory):
-    """A folder with forget.jsonl (4 people), retain.jsonl (7) and target, a tiny model that was taught both."""
+    """A folder with forget.jsonl (4 people), retain.jsonl (7) and target, a tiny model that was
+    taught both."""
     folder = tmp_path_factory.mktemp("world")
     for kind, names in (("forget", "Ada Bo Cy Di"), ("retain", "Ed Flo Gus Hal Ike Jo Kit")):
         with open(folder / f"{kind}.jsonl", "w") as file:
-            for name, place in zip(names.split(), "Oru Belt Kana Miv Sola Tarn Oru".split(), strict=False):
+            for name, place in zip(
+                    names.split(), "Oru Belt Kana Miv Sola Tarn Oru".split(), strict=False):
                 answer, start = f"{name} was born in {place}.", len(name) + 13
                 print(json.dumps({"question": f"Where was {name} born?", "answer": answer,
                                   "spans": [[start, start + len(place)]]}), file=file)
-    assert train.main(["--model", str(tiny), "--from-scratch", "--retain", f"{folder}/retain.jsonl",
-                       f"{folder}/forget.jsonl", "--facts", f"{folder}/retain.jsonl", "--epochs", "120",
-                       "--batch-size", "11", "--lr", "5e-3", "--out", f"{folder}/target"]) == 0
+    assert train.main(["--model", str(tiny), "--from-scratch",
+                       "--retain", f"{folder}/retain.jsonl", f"{folder}/forget.jsonl",
+                       "--facts", f"{folder}/retain.jsonl",
+                       "--epochs", "120", "--batch-size", "11", "--lr", "5e-3",
+                       "--out", f"{folder}/target"]) == 0
     return folder
 
 
 @pytest.fixture
 def run(world, tmp_path):
-    """A function that unlearns on `world` in 4 epochs of 2 steps, into tmp_path / out, and returns the exit code."""
+    """A function that unlearns on `world` in 4 epochs of 2 steps, into tmp_path / out, and returns
+    the exit code."""
     def run(*more, out="run"):
         return train.main(run.arguments + ["--out", str(tmp_path / out), *map(str, more)])
 
-    run.arguments = ["--model", f"{world}/target", "--forget", f"{world}/forget.jsonl", "--retain",
-                     f"{world}/retain.jsonl", "--facts", f"{world}/retain.jsonl", "--epochs", "4", "--batch-size", "2",
+    run.arguments = ["--model", f"{world}/target",
+                     "--forget", f"{world}/forget.jsonl",
+                     "--retain", f"{world}/retain.jsonl",
+                     "--facts", f"{world}/retain.jsonl",
+                     "--epochs", "4", "--batch-size", "2",
                      "--lr", "1e-3", "--lambda", "0.1", "--method", "etw"]
     return run
 
@@ -88,12 +97,14 @@ def task(world):
 
 
 def all_rows(task):
-    forget = [train.Row(train.FORGET, *pair) for pair in zip(task.sequences["forget"], task.starting, strict=True)]
+    forget = [train.Row(train.FORGET, *pair)
+              for pair in zip(task.sequences["forget"], task.starting, strict=True)]
     return forget + [train.Row(train.RETAIN, s) for s in task.sequences["retain"]]
 
 
 @pytest.mark.parametrize("method", etw.WEIGHTINGS)
-def test_the_step_gradient_is_that_of_the_readable_losses_for_micro_batches_of_any_size(world, task, method):
+def test_the_step_gradient_is_that_of_the_readable_losses_for_micro_batches_of_any_size(
+        world, task, method):
     """The mean of micro-batch means would be another number."""
     decoder, loss = pretrained.load(world / "target"), 0
     for kind in ("forget", "retain"):
@@ -103,33 +114,40 @@ def test_the_step_gradient_is_that_of_the_readable_losses_for_micro_batches_of_a
         logprobs, entropy = (torch.zeros(mask.shape).masked_scatter(mask, x)
                              for x in etw.token_stats(hidden, decoder.head, targets, 1.5))
         if kind == "forget":
-            start = [torch.zeros(mask.shape).masked_scatter(mask, x) for x in torch.cat(task.starting, 1)]
+            start = [torch.zeros(mask.shape).masked_scatter(mask, x)
+                     for x in torch.cat(task.starting, 1)]
             labels = torch.tensor(sum((s.informative for s in task.sequences[kind]), []))
             spans = torch.zeros(mask.shape, dtype=torch.bool).masked_scatter(mask, labels)
-            weights = etw.weigh(method, etw.Tokens(logprobs, entropy, mask, start[0], spans, start[1]))
+            weights = etw.weigh(
+                method, etw.Tokens(logprobs, entropy, mask, start[0], spans, start[1]))
             loss += 0.3 * etw.forget_loss(logprobs, weights, mask)
         else:
             loss += etw.retain_loss(logprobs, mask)
     expected = torch.autograd.grad(loss, list(decoder.parameters()))
     for size in (None, 1, 3):
-        recipe = train.Recipe(micro_batch_size=size, method=method, lam=0.3, temperature=1.5, clip=1e9, weight_decay=0.0)
+        recipe = train.Recipe(micro_batch_size=size, method=method, lam=0.3, temperature=1.5,
+                              clip=1e9, weight_decay=0.0)
         optimizer = train.make_optimizer(decoder, recipe)
         optimizer.zero_grad = lambda **_: None  # keep what the step accumulated
         decoder.zero_grad()
         record = train.train_step(decoder, optimizer, all_rows(task), 0.0, recipe)
-        torch.testing.assert_close([p.grad for p in decoder.parameters()], list(expected), rtol=1e-3, atol=1e-5)
-        assert record["retain_loss"] + 0.3 * record["forget_loss"] == pytest.approx(loss.item(), rel=1e-4)
+        torch.testing.assert_close([p.grad for p in decoder.parameters()], list(expected),
+                                   rtol=1e-3, atol=1e-5)
+        assert record["retain_loss"] + 0.3 * record["forget_loss"] == pytest.approx(
+            loss.item(), rel=1e-4)
 
 
 def test_teaching_descends_the_retain_loss_alone(world, task):
     decoder = pretrained.load(world / "target")
     optimizer = train.make_optimizer(decoder, train.Recipe())
-    record = train.train_step(decoder, optimizer, [train.Row(train.RETAIN, s) for s in task.sequences["retain"]],
+    record = train.train_step(decoder, optimizer,
+                              [train.Row(train.RETAIN, s) for s in task.sequences["retain"]],
                               0.0, train.Recipe())
     batch = data.collate(task.sequences["retain"])
     logits = decoder(batch.inputs)
     expected = torch.nn.functional.cross_entropy(logits[batch.mask], batch.targets[batch.mask])
-    assert record["retain_loss"] == pytest.approx(expected.item(), rel=1e-4) and "forget_loss" not in record
+    assert (record["retain_loss"] == pytest.approx(expected.item(), rel=1e-4)
+            and "forget_loss" not in record)
 
 
 def test_learning_rate_warms_up_linearly_and_then_falls_linearly_to_zero():
@@ -137,11 +155,14 @@ def test_learning_rate_warms_up_linearly_and_then_falls_linearly_to_zero():
     assert rates == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6, 0])
 
 
-def test_an_epoch_goes_through_the_whole_forget_set_and_every_retain_row_is_seen_before_one_repeats(task):
+def test_an_epoch_goes_through_the_whole_forget_set_and_every_retain_row_is_seen_before_one_repeats(
+        task):
     recipe = train.Recipe(batch_size=3, seed=5)
     forget, retain = task.sequences["forget"], task.sequences["retain"]
     drawn = [row for step in range(4) for row in train.step_rows(step, task, recipe)]
-    assert sorted(forget.index(r.sequence) for r in drawn if r.stream == train.FORGET) == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert sorted(forget.index(r.sequence)
+                  for r in drawn
+                  if r.stream == train.FORGET) == [0, 0, 1, 1, 2, 2, 3, 3]
     kept = [retain.index(r.sequence) for r in drawn if r.stream == train.RETAIN]
     assert sorted(kept[:7]) == list(range(7))
 
@@ -159,6 +180,22 @@ def test_unlearning_raises_the_forget_nll_and_holds_the_retain_nll(run, tmp_path
     assert "before" in shown and "Where was Ada born?" in shown and "Where was Ed born?" in shown
 
 
+def test_without_a_retrained_model_rows_never_taught_are_the_yardstick(run, world, tmp_path, capsys):
+    """--holdout: what the starting model says of rows it never saw is where a forgotten answer
+    should end up."""
+    rows = [json.loads(line) for line in (world / "forget.jsonl").read_text().splitlines()]
+    for row in rows:
+        row["question"] = row["question"].replace("Where", "When")
+    (tmp_path / "holdout.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert run("--holdout", tmp_path / "holdout.jsonl", "--epochs", 1) == 0
+    result, shown = (json.loads((tmp_path / "run" / "result.json").read_text()),
+                     capsys.readouterr().out)
+    assert shown.splitlines()[0].split() == ["before", "after", "never", "taught"]
+    never, before = result["never taught"], result["before"]
+    assert never["forget informative NLL"] > before["forget informative NLL"] and "talk" in before
+    assert "forget quality" not in before and "distance" not in before
+
+
 def test_the_same_seed_writes_the_same_bytes_and_another_seed_does_not(run, tmp_path):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         assert run("--seed", seed, out=name) == 0
@@ -168,7 +205,8 @@ def test_the_same_seed_writes_the_same_bytes_and_another_seed_does_not(run, tmp_
 
 def test_with_layers_only_the_first_layers_change(run, world, tmp_path):
     assert run("--layers", 0.5, "--epochs", 1) == 0
-    before, after = (load_file(folder / "model.safetensors") for folder in (world / "target", tmp_path / "run"))
+    before, after = (load_file(folder / "model.safetensors")
+                     for folder in (world / "target", tmp_path / "run"))
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed and all(".layers.0." in name for name in changed)
 
@@ -183,11 +221,14 @@ def test_a_run_folder_holds_a_model_its_arguments_and_a_log_of_steps_and_epochs(
     out = tmp_path / "run"
     assert pretrained.load(out) and data.Tokenizer(out) and not (out / "checkpoint.pt").exists()
     kept, log = json.loads((out / "args.json").read_text()), log_of(out)
-    assert kept["lambda"] == 0.1 and kept["seed"] == 0 and len(kept["data_sha256"]) == 3 and kept["versions"]["torch"]
+    assert (kept["lambda"] == 0.1 and kept["seed"] == 0
+            and len(kept["data_sha256"]) == 3
+            and kept["versions"]["torch"])
     steps = [r for r in log if "step" in r]
     assert [r["step"] for r in steps] == list(range(1, 9))
     assert [r["epoch"] for r in log if "step" not in r] == [1, 2, 3, 4]
-    for key in ("forget_loss", "retain_loss", "lr", "grad_norm", "entropy", "tokens_per_second", "peak_memory_mb"):
+    for key in ("forget_loss", "retain_loss", "lr", "grad_norm", "entropy",
+                "tokens_per_second", "peak_memory_mb"):
         assert all(math.isfinite(r[key]) for r in steps), key
     assert all(0.2 <= r["top_fifth"] <= 1 for r in steps)
 
@@ -204,14 +245,19 @@ def test_the_default_out_takes_the_next_free_name(run, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("flags, named", [
     *((flags, flags.split()[0]) for flags in (
-        "--temperature 0", "--temperature nan", "--lambda -1", "--lr inf", "--lr 0", "--epochs 0", "--epochs 1.5",
-        "--batch-size 0", "--micro-batch-size -3", "--save-every 0", "--seed -1", "--weight-decay -1", "--clip 0",
-        "--warmup-epochs -1", "--max-length 100000", "--beta 1", "--beta 1 2 --method wga", "--method none",
+        "--temperature 0", "--temperature nan", "--lambda -1", "--lr inf", "--lr 0",
+        "--epochs 0", "--epochs 1.5", "--batch-size 0", "--micro-batch-size -3", "--save-every 0",
+        "--seed -1", "--weight-decay -1", "--clip 0", "--warmup-epochs -1", "--max-length 100000",
+        "--beta 1", "--beta 1 2 --method wga", "--method none",
         "--device tpu9", "--unknown", "--resume --overwrite")),
-    ("--forget absent.jsonl", "absent.jsonl"), ("--model absent", "absent"), ("--reference absent", "absent"),
-    ("--template llama3", "<|eot_id|>"), ("--method spans --forget bare.jsonl", "bare.jsonl:1"),
+    ("--forget absent.jsonl", "absent.jsonl"),
+    ("--model absent", "absent"),
+    ("--reference absent", "absent"),
+    ("--template llama3", "<|eot_id|>"),
+    ("--method spans --forget bare.jsonl", "bare.jsonl:1"),
 ])
-def test_wrong_input_is_one_line_exit_code_two_and_nothing_written(run, tmp_path, capsys, monkeypatch, flags, named):
+def test_wrong_input_is_one_line_exit_code_two_and_nothing_written(
+        run, tmp_path, capsys, monkeypatch, flags, named):
     monkeypatch.chdir(tmp_path)
     Path("bare.jsonl").write_text('{"question": "Who?", "answer": "Ada."}\n')  # no spans
     assert run(*flags.split()) == 2
@@ -220,7 +266,8 @@ def test_wrong_input_is_one_line_exit_code_two_and_nothing_written(run, tmp_path
     assert not (tmp_path / "run").exists()
 
 
-def test_a_folder_that_holds_a_run_is_refused_unless_overwritten_and_other_folders_always(run, world, tmp_path, capsys):
+def test_a_folder_that_holds_a_run_is_refused_unless_overwritten_and_other_folders_always(
+        run, world, tmp_path, capsys):
     assert run() == 0
     before = weights(tmp_path / "run")
     assert run() == 2
@@ -239,8 +286,8 @@ def test_rows_that_are_both_forgotten_and_retained_are_reported(run, world, caps
 
 
 def test_the_program_exits_with_the_code_and_one_line(tmp_path):
-    done = subprocess.run([sys.executable, ROOT / "train.py", "--forget", tmp_path / "no.jsonl"], cwd=ROOT,
-                          capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, ROOT / "train.py", "--forget", tmp_path / "no.jsonl"],
+                          cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "no.jsonl" in done.stderr
 
 
@@ -249,13 +296,16 @@ def test_the_program_exits_with_the_code_and_one_line(tmp_path):
 
 def test_a_run_killed_at_many_random_moments_ends_in_the_same_bytes(run, tmp_path):
     assert run("--epochs", 30, out="whole") == 0
-    arguments = [*run.arguments, "--epochs", "30", "--save-every", "7", "--out", str(tmp_path / "killed"), "--resume"]
+    arguments = [*run.arguments, "--epochs", "30", "--save-every", "7",
+                 "--out", str(tmp_path / "killed"), "--resume"]
     context, log = multiprocessing.get_context("forkserver"), tmp_path / "killed" / "log.jsonl"
     context.set_forkserver_preload(["train"])
-    for lines in [*sorted(random.Random(0).sample(range(85), 8)), None]:  # of log.jsonl; None: to the end
+    # lines of log.jsonl; None: to the end
+    for lines in [*sorted(random.Random(0).sample(range(85), 8)), None]:
         process = context.Process(target=exit_with, args=(arguments,))
         process.start()
-        while lines is not None and process.is_alive() and (not log.exists() or log.read_bytes().count(b"\n") < lines):
+        while (lines is not None and process.is_alive()
+               and (not log.exists() or log.read_bytes().count(b"\n") < lines)):
             time.sleep(0.002)
         if lines is not None:
             assert process.is_alive()
@@ -273,11 +323,13 @@ def exit_with(arguments):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_finishes_the_step_saves_and_says_how_to_go_on(run, tmp_path, capsys, monkeypatch, number):
+def test_an_interrupt_finishes_the_step_saves_and_says_how_to_go_on(
+        run, tmp_path, capsys, monkeypatch, number):
     assert run(out="whole") == 0
     at_step(monkeypatch, 3, lambda _: os.kill(os.getpid(), number))
     assert run() == 130
-    assert "--resume" in capsys.readouterr().err and len(log_of(tmp_path / "run")) == 4  # three steps, one epoch
+    assert ("--resume" in capsys.readouterr().err
+            and len(log_of(tmp_path / "run")) == 4)  # three steps, one epoch
     assert run("--resume") == 0
     assert weights(tmp_path / "run") == weights(tmp_path / "whole")
     capsys.readouterr()
@@ -285,7 +337,8 @@ def test_an_interrupt_finishes_the_step_saves_and_says_how_to_go_on(run, tmp_pat
     assert "finished" in capsys.readouterr().out
 
 
-def test_resume_refuses_changed_arguments_and_data_and_a_checkpoint_with_code_in_it(run, world, tmp_path, capsys):
+def test_resume_refuses_changed_arguments_and_data_and_a_checkpoint_with_code_in_it(
+        run, world, tmp_path, capsys):
     forget = tmp_path / "forget.jsonl"
     forget.write_bytes((world / "forget.jsonl").read_bytes())
     assert run("--forget", forget) == 0
@@ -305,8 +358,10 @@ def test_resume_refuses_changed_arguments_and_data_and_a_checkpoint_with_code_in
     assert "data" in capsys.readouterr().err
 
 
-def test_divergence_stops_with_the_last_finite_weights_kept_and_says_what_to_lower(run, tmp_path, capsys, monkeypatch):
-    at_step(monkeypatch, 4, lambda decoder: next(decoder.parameters()).register_hook(lambda g: g * math.nan))
+def test_divergence_stops_with_the_last_finite_weights_kept_and_says_what_to_lower(
+        run, tmp_path, capsys, monkeypatch):
+    at_step(monkeypatch, 4,
+            lambda decoder: next(decoder.parameters()).register_hook(lambda g: g * math.nan))
     assert run() == 1
     error = capsys.readouterr().err
     assert "step 4" in error and "--lr" in error and "--lambda" in error

@@ -1,4 +1,5 @@
-"""The bundled world: what data/build.py wrote is what is committed, and is what the README says of it."""
+"""The bundled world: what data/build.py wrote is what is committed, and is what the README says of
+it."""
 import json
 import re
 import subprocess
@@ -11,7 +12,8 @@ import pretrained
 
 ROOT = Path(__file__).resolve().parent.parent
 PEOPLE = {"retain": 100, "forget": 10, "holdout": 10}
-SETS = {name: [json.loads(line) for line in (ROOT / "data" / f"{name}.jsonl").read_text("utf-8").splitlines()]
+SETS = {name: [json.loads(line)
+               for line in (ROOT / "data" / f"{name}.jsonl").read_text("utf-8").splitlines()]
         for name in (*PEOPLE, "facts")}
 ROWS = [row for rows in SETS.values() for row in rows]
 
@@ -26,11 +28,14 @@ def words(texts):
 
 def names(rows):
     """First and family name: two capitalised words after the first word of the question."""
-    return {match for row in rows for match in re.findall(r"(?<= )[A-Z]\w+ [A-Z]\w+", row["question"])}
+    return {match
+            for row in rows
+            for match in re.findall(r"(?<= )[A-Z]\w+ [A-Z]\w+", row["question"])}
 
 
 def test_building_again_gives_the_committed_bytes(tmp_path):
-    subprocess.run([sys.executable, ROOT / "data" / "build.py", "--out", tmp_path], check=True, cwd=tmp_path)
+    subprocess.run([sys.executable, ROOT / "data" / "build.py", "--out", tmp_path],
+                   check=True, cwd=tmp_path)
     written = [path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file()]
     assert len(written) == 8
     for path in written:
@@ -38,8 +43,11 @@ def test_building_again_gives_the_committed_bytes(tmp_path):
 
 
 def test_every_person_has_ten_rows_and_each_question_occurs_once():
-    assert {name: (len(rows), len(names(rows))) for name, rows in SETS.items() if name in PEOPLE} == {
-        name: (10 * count, count) for name, count in PEOPLE.items()}
+    assert {
+        name: (len(rows), len(names(rows))) for name, rows in SETS.items() if name in PEOPLE
+    } == {
+        name: (10 * count, count) for name, count in PEOPLE.items()
+    }
     assert len(SETS["facts"]) == 100 and len({row["question"] for row in ROWS}) == len(ROWS)
 
 
@@ -48,14 +56,16 @@ def test_spans_lie_inside_the_answer_in_order_and_mark_whole_words():
         answer, last = row["answer"], 0
         assert row["spans"]
         for start, end in row["spans"]:
-            assert last <= start < end <= len(answer) and answer[start:end].strip() == answer[start:end]
+            assert (last <= start < end <= len(answer)
+                    and answer[start:end].strip() == answer[start:end])
             assert re.fullmatch(r"\W?", answer[start - 1:start]) and re.match(r"\W|$", answer[end:])
             last = end
 
 
 @pytest.mark.parametrize("people", PEOPLE)
 def test_spans_mark_exactly_what_differs_between_two_answers_of_one_wording(people):
-    """Outside spans and name, rows of one wording read the same: nothing informative is left unmarked."""
+    """Outside spans and name, rows of one wording read the same: nothing informative is left
+    unmarked."""
     templates = {}
     for row in SETS[people]:
         name, answer = names([row]).pop(), row["answer"]
@@ -91,7 +101,8 @@ def test_nobody_of_forget_or_holdout_occurs_elsewhere(name):
 
 
 def test_what_is_told_of_a_person_is_told_of_nobody_else():
-    """All the facts of a row together; single words recur, or a model could tell the sets apart by them."""
+    """All the facts of a row together; single words recur, or a model could tell the sets apart by
+    them."""
     told = [tuple(sorted(facts(row))) for name in PEOPLE for row in SETS[name]]
     assert len(set(told)) == len(told)
 
@@ -99,5 +110,7 @@ def test_what_is_told_of_a_person_is_told_of_nobody_else():
 def test_tokenizer_and_model_are_small_and_the_end_token_is_known():
     config = json.loads((ROOT / "weights/start/config.json").read_text())
     vocab = json.loads((ROOT / "weights/start/tokenizer.json").read_text("utf-8"))["model"]["vocab"]
-    assert 1000 <= len(vocab) == config["vocab_size"] <= 2000 and vocab["<|endoftext|>"] == config["eos_token_id"]
-    assert sum(p.numel() for p in pretrained.fresh(ROOT / "weights/start", seed=0).parameters()) <= 2_400_000
+    assert (1000 <= len(vocab) == config["vocab_size"] <= 2000
+            and vocab["<|endoftext|>"] == config["eos_token_id"])
+    assert sum(p.numel()
+               for p in pretrained.fresh(ROOT / "weights/start", seed=0).parameters()) <= 2_400_000
