@@ -181,7 +181,9 @@ resumable = None  # the run folder that --resume can go on from, once there is o
 
 def how_to_go_on():
     """What a user whose run ends early can do."""
-    return f"run it again with --resume --out {resumable}" if resumable else "nothing to resume yet"
+    if resumable and (resumable / "checkpoint.pt").exists():
+        return f"run it again with --resume --out {resumable}"
+    return "nothing to resume"
 
 
 def on_interrupt(program):
@@ -197,42 +199,75 @@ def on_interrupt(program):
         signal.signal(number, stop)
 
 
-def say(string):
-    """Print to stdout; where that is closed or broken, the run matters more than its report."""
-    try:
-        print(string, flush=True)
-    except (OSError, ValueError):
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+class Stream:
+    """stdout or stderr: where it is closed or broken, the run matters more than its report.
+
+    A character that the terminal lacks becomes a question mark.
+    """
+
+    def __init__(self, stream):
+        self.stream = stream or open(os.devnull, "w")  # noqa: SIM115  None: closed by the caller
+        if hasattr(self.stream, "reconfigure"):
+            self.stream.reconfigure(errors="replace")
+
+    def write(self, string):
+        try:
+            self.stream.write(string)
+            self.stream.flush()
+        except (OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError):  # what Python holds back goes there, too
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def flush(self):
+        pass  # done
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+@contextlib.contextmanager
+def muted():
+    """What a library's own code says on stderr meanwhile is not heard."""
+    with open(os.devnull, "w") as nowhere:
+        kept = os.dup(2)
+        os.dup2(nowhere.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
 
 
 def guarded(program, run, argv):
     """Run a command line; returns its exit code: 0, 1 a fault or stopped, 2 wrong input, 130 interrupted.
 
-    What is not a bug is one line on stderr. A terminal that lacks a character gets a question mark.
+    What is not a bug is one line on stderr.
     """
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by the caller
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-        if hasattr(getattr(sys, name), "reconfigure"):
-            getattr(sys, name).reconfigure(errors="replace")
+    out, err = Stream(sys.stdout), Stream(sys.stderr)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code, line = ending(run, argv)
+        if line:
+            print(f"{program}: {printable(line)}", file=sys.stderr)
+    return code
+
+
+def ending(run, argv):
+    """(exit code, line to say) of a command line."""
     try:
         run(argv)
-        return 0
+        return 0, None
     except InputError as e:
-        code, line = 2, str(e)
+        return 2, str(e)
     except Stopped as e:
-        line, code = e.args
+        return e.args[::-1]
     except KeyboardInterrupt:
-        code, line = 130, f"interrupted; {how_to_go_on()}"
+        return 130, f"interrupted; {how_to_go_on()}"
     except OSError as e:
-        code, line = 1, f"{e}; {how_to_go_on()}"
+        return 1, f"{e}; {how_to_go_on()}"
     except (MemoryError, RuntimeError) as e:
         if isinstance(e, RuntimeError) and not re.search("out of memory|t allocate memory", str(e)):
             raise
-        code, line = 1, f"out of memory: lower --micro-batch-size or --batch-size; {how_to_go_on()}"
-    with contextlib.suppress(OSError):
-        print(f"{program}: {printable(line)}", file=sys.stderr)
-    return code
+        return 1, f"out of memory: lower --micro-batch-size or --batch-size; {how_to_go_on()}"
 
 
 # ---- Device and precision

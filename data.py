@@ -14,7 +14,7 @@ import numpy as np
 import tokenizers
 import torch
 
-from cli import InputError, encodable, read_bytes, read_json
+from cli import InputError, encodable, muted, read_bytes, read_json
 
 
 class Template(NamedTuple):
@@ -134,8 +134,9 @@ class Tokenizer:
 
     def __init__(self, folder, template="plain"):
         folder = Path(folder)
-        file = folder / "tokenizer.json"
-        self._open(file)
+        self.file = file = folder / "tokenizer.json"
+        with muted():  # a panic says more than one line
+            self._open()
         config, settings = (read_json(folder / f"{n}.json") for n in ("config", "tokenizer_config"))
         self.template = TEMPLATES[template]
         ids = self.backend.get_vocab()
@@ -150,21 +151,26 @@ class Tokenizer:
             raise InputError(f"{folder / 'config.json'}: eos_token_id {self.end_id} is not one of {room} "
                              "tokens: correct it")
 
-    def _open(self, file):
-        content = read_bytes(file, "copy the model's tokenizer.json there")
+    def _open(self):
+        content = read_bytes(self.file, "copy the model's tokenizer.json there")
+        self.backend = self._try(tokenizers.Tokenizer.from_buffer, content)
+        self.backend.no_padding()
+        self.backend.no_truncation()
+        bare, ids = (self._try(self.backend.encode, "a", add_special_tokens=special).ids
+                     for special in (False, True))
+        self.decode(ids)
+        starts = [i for i in range(len(ids)) if ids[i:i + len(bare)] == bare]
+        self.begin = ids[:starts[0]] if starts else []
+
+    def _try(self, act, *args, **options):
+        """What the library answers. It may raise plain Exceptions, and panics, not even that."""
         try:
-            self.backend = tokenizers.Tokenizer.from_buffer(content)
-            self.backend.no_padding()
-            self.backend.no_truncation()
-            bare, ids = (self.backend.encode("a", add_special_tokens=s).ids for s in (False, True))
-        except BaseException as e:  # plain Exceptions, and panics, which are not even that
+            return act(*args, **options)
+        except BaseException as e:
             if isinstance(e, KeyboardInterrupt | SystemExit):
                 raise
             reason = (str(e).splitlines() or ["broken"])[0]
-            raise InputError(f"{file}: not a tokenizer that works ({reason:.120}): copy the model's own "
-                             "file again") from None
-        starts = [i for i in range(len(ids)) if ids[i:i + len(bare)] == bare]
-        self.begin = ids[:starts[0]] if starts else []
+            raise InputError(f"{self.file}: not a tokenizer that works ({reason:.120}): copy the model's own file again") from None
 
     def _end(self, config, settings, folder):
         """The template's end token, else the tokenizer's, else the first of config.json's."""
@@ -183,18 +189,14 @@ class Tokenizer:
 
     def encode(self, string, begin=False):
         """ids and [start, end) character offsets of a string; only the begin ids are added, if asked."""
-        try:
-            encoding = self.backend.encode(string, add_special_tokens=False)
-        except Exception as e:  # the library's own: a character that no token covers
-            raise InputError(f"{string[:40]!r}: cannot be tokenised ({str(e)[:80]}): "
-                             "use another tokenizer") from None
+        encoding = self._try(self.backend.encode, string, add_special_tokens=False)
         front = self.begin if begin else []
         if encoding.ids[:len(front)] == front:  # the template has brought its own
             front = []
         return front + encoding.ids, [(0, 0)] * len(front) + encoding.offsets
 
     def decode(self, ids):
-        return self.backend.decode(list(ids), skip_special_tokens=True)
+        return self._try(self.backend.decode, list(ids), skip_special_tokens=True)
 
 
 class Sequence(NamedTuple):

@@ -219,7 +219,7 @@ def forget_loss(logprobs, weights, mask, count=None):
     """
     _check(mask, logprobs, weights, part=count is not None)
     weights = weights.detach()
-    # Where ω is 0, log p may be −∞.
+    # where ω is 0, log p may be −∞
     terms = weights * torch.where(mask & (weights != 0), logprobs, 0)
     return terms.sum() / (mask.sum() if count is None else count)
 

@@ -117,7 +117,7 @@ def run(argv):
         for path in args.models:
             decoder, tokenizer = open_model(path, device, args.template)
             answer = answers(decoder, tokenizer, [data.Example(args.ask)], dtype)[0]
-            cli.say(cli.printable(f"{path}: {answer}"))
+            print(cli.printable(f"{path}: {answer}"))
         return
     sets, options, files = read_sets(args)
     models = find_models(args)
@@ -130,7 +130,7 @@ def run(argv):
     summaries = {path: summarise(own, before, reference) for path, own in scores.items()}
     start = scores[args.target]["forget"]
     aucs = {path: weights_auc(own["forget"], start) for path, own in scores.items()}
-    cli.say(tables(summaries))
+    print(tables(summaries))
     if args.json:
         rows = {path: per_row(own, reference) for path, own in scores.items()}
         cli.write_json(args.json, {
@@ -281,12 +281,12 @@ def draw(file, path, scores, tokenizer, aucs):
     """The heat map of a model's forget answers, and as text what its entropy knows."""
     cli.write_text(file, heatmap.svg_heat(heatmap.heat_blocks(scores, tokenizer)))
     known = "  ".join(f"{name} {show(auc)}" for name, auc in aucs.items())
-    cli.say(f"\n{cli.printable(path)}, forget set\n"
+    print(f"\n{cli.printable(path)}, forget set\n"
             f"Weights against the labelled spans, ROC-AUC: {known}")
     for text in (heatmap.entropy_report(scores), heatmap.confidence_pairs(scores, tokenizer)):
         if text:
-            cli.say(f"\n{text}")
-    cli.say(f"\nToken weights drawn in {cli.printable(file)}")
+            print(f"\n{text}")
+    print(f"\nToken weights drawn in {cli.printable(file)}")
 
 
 def warn(line):

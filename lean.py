@@ -74,7 +74,8 @@ class _LeanLoss(torch.autograd.Function):
 
 
 class _Chunk:
-    """Two float32 buffers of (chunk, V), used again and again: fresh ones would cost page faults."""
+    """Two float32 buffers of (chunk, V), used again and again: fresh ones would cost page
+    faults."""
 
     def __init__(self, x, w, targets, temperature, chunk):
         self.x, self.w, self.targets, self.temperature = x, w, targets, temperature

@@ -50,9 +50,13 @@ class Run:
             raise InputError(f"--out {self.folder}: is the folder of --model or --reference: choose another")
         self._check_place()
         cli.resumable = None
-        if self.folder.exists():
-            self._check(args)
+        if (args.out or args.resume) and self.folder.exists():
             self._lock()
+            try:
+                self._check(args)
+            except BaseException:
+                self.close()
+                raise
 
     def _default(self, resume):
         """The next free of runs/METHOD, runs/METHOD-2, ...; to resume, the one that was told the same."""
@@ -64,7 +68,8 @@ class Run:
             taken.append(path)
         if not resume or not taken:
             return path
-        alike = [path for path in taken if not self._difference(path)]
+        alike = ([path for path in taken if not self._difference(path)]
+                 or [path for path in taken if _is_blank(path)])
         if not alike:
             raise InputError(f"--resume: none of {', '.join(map(str, taken[:5]))} was begun with these "
                              "arguments: name its folder with --out")
@@ -99,7 +104,7 @@ class Run:
 
     def _check(self, args):
         """What may be done to a folder that exists."""
-        if all(ASIDE.fullmatch(path.name) for path in self.folder.iterdir()):
+        if _is_blank(self.folder):
             return
         old = cli.read_json(self.folder / "args.json", "choose another --out")
         if not MARKS <= old.keys():
@@ -158,7 +163,8 @@ class Run:
             if ASIDE.fullmatch(path.name):
                 path.unlink()
         if self.replaces:
-            (self.folder / "checkpoint.pt").unlink(missing_ok=True)
+            for name in ("checkpoint.pt", "result.json"):
+                (self.folder / name).unlink(missing_ok=True)
         if self.replaces or not (self.folder / "args.json").exists():
             cli.write_json(self.folder / "args.json", self.identity)
 
@@ -201,7 +207,7 @@ class Run:
         def write(aside):
             try:
                 torch.save((self.state, decoder.state_dict(), optimizer.state_dict()), aside)
-            except RuntimeError as e:  # its word for a full disk
+            except (OSError, RuntimeError) as e:  # its words for a full disk
                 raise OSError(f"{self.folder}: no checkpoint can be written ({str(e):.80})") from None
             digest = sha256(aside)
             with open(aside, "a") as file:
@@ -209,10 +215,7 @@ class Run:
 
         cli.write_aside(self.folder / "checkpoint.pt", write)
         cli.resumable = self.folder
-        if self.replaces:  # from here on the new run stands
-            for name in ("model.safetensors", "result.json"):
-                (self.folder / name).unlink(missing_ok=True)
-            self.replaces = False
+        (self.folder / "model.safetensors").unlink(missing_ok=True)  # an older run's
 
     def diverged(self, decoder, optimizer, step, error):
         """What to raise when a number is no longer finite: the last good state, if there is one, is made the model."""
@@ -240,6 +243,11 @@ class Run:
         cli.write_json(self.folder / "result.json", result | {"args_sha256": self.digest})
         (self.folder / "checkpoint.pt").unlink(missing_ok=True)
         cli.resumable = None
+
+
+def _is_blank(folder):
+    """Whether a folder holds nothing but what a killed writer leaves."""
+    return folder.is_dir() and all(ASIDE.fullmatch(path.name) for path in folder.iterdir())
 
 
 def verify(path):

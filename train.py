@@ -331,7 +331,7 @@ def unlearn(argv):
                           most=args.measure_rows)
     with closing(Run(args, [*files, *weights], models)) as run:
         if run.finished:
-            cli.say(f"{run.folder}: this run is finished; there is nothing to resume")
+            print(f"{run.folder}: this run is finished; there is nothing to resume")
         else:
             print(f"{source}: {size / 1e6:,.1f} million parameters on {device}", file=sys.stderr)
             execute(run, args, source, world, device)
@@ -356,8 +356,8 @@ def execute(run, args, source, world, device):
     del decoder  # two models need not fit
     gc.collect()
     run.finish(shown.after(run.folder))
-    cli.say(shown.text(damage))
-    cli.say(f"\nWritten to {run.folder}; ask it: python evaluate.py {run.folder} --ask 'QUESTION'")
+    print(shown.text(damage))
+    print(f"\nWritten to {run.folder}; ask it: python evaluate.py {run.folder} --ask 'QUESTION'")
 
 
 def check_flags(args):

@@ -4,8 +4,7 @@
     python -m torch.distributed.run --nproc-per-node 2 integrations/hf_trainer.py ... --use_cpu
 
 (the second on CPUs). Every flag of TrainingArguments works too. The loss is train.py's: means over
-the answer tokens of the whole step, of all its processes and micro-batches, forget and retain
-counted apart. Tried with transformers 5.24 and accelerate 1.15.
+the answer tokens of a step, its processes and micro-batches. (transformers 5.24, accelerate 1.15)
 """
 import argparse
 import sys
@@ -16,15 +15,16 @@ import transformers as hf
 from torch.nn.utils.rnn import pad_sequence
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import cli  # noqa: E402
 import data  # noqa: E402
 import etw  # noqa: E402
 
-METHODS = [m for m in etw.WEIGHTINGS if not (etw.needs(m, "reference") or etw.needs(m, "spans"))]
+METHODS = [m for m in etw.WEIGHTINGS if not (etw.needs_start(m) or etw.needs(m, "spans"))]
 
 
 class ETWTrainer(hf.Trainer):
     """L = L_r + λ L_f on batches with labels (B, T), −100 outside answers, and is_forget (B,) bool.
-    Not tnpo, npo and spans, which read a starting model or labelled spans: train.py has those."""
+    Not keep, tnpo, npo, spans, which read a starting model or labels: train.py has those."""
 
     def __init__(self, *args, lam=0.03, temperature=1.0, method="etw", beta=(), **kwargs):
         super().__init__(*args, **kwargs)
@@ -116,4 +116,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(cli.guarded("hf_trainer.py", main, None))

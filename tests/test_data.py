@@ -1,4 +1,5 @@
-"""From files to batches: what a row becomes token by token, which files are refused and how, the order of rows."""
+"""From files to batches: what a row becomes token by token, which files are refused and how, the
+order of rows."""
 import json
 
 import pytest
@@ -27,7 +28,8 @@ def model_folder(path, library, config, settings):
 def put_in_front(begin, library):
     """`library`, adding the token `begin` to every text."""
     special = [(begin, library.token_to_id(begin))]
-    library.post_processor = processors.TemplateProcessing(single=f"{begin} $A", special_tokens=special)
+    library.post_processor = processors.TemplateProcessing(
+        single=f"{begin} $A", special_tokens=special)
     return library
 
 
@@ -40,7 +42,8 @@ def words(vocabulary):
 
 
 def row(**keys):
-    return data.Example(**({"question": QUESTION, "answer": ANSWER, "where": "rows.jsonl:1"} | keys))
+    return data.Example(
+        **({"question": QUESTION, "answer": ANSWER, "where": "rows.jsonl:1"} | keys))
 
 
 def one(example, tokenizer, max_length=128):
@@ -58,8 +61,9 @@ def test_targets_are_the_next_tokens_and_the_mask_is_the_answer_with_its_end_tok
     folder = model_folder(tmp_path, put_in_front("<begin>", library), {}, {"eos_token": "<end>"})
     rows = [data.Example("Where Ada?", "In Oru.", spans=[[3, 6]]), data.Example("Who", "Bo")]
     sequences, cut = data.encode(rows, data.Tokenizer(folder), 20)
-    assert [(s.tokens, s.start, s.ended, s.row) for s in sequences] == [([1, 2, 3, 4, 6, 7, 8, 0], 5, True, 0),
-                                                                       ([1, 2, 5, 6, 9, 0], 4, True, 1)]
+    assert [(s.tokens, s.start, s.ended, s.row) for s in sequences] == [
+        ([1, 2, 3, 4, 6, 7, 8, 0], 5, True, 0),
+        ([1, 2, 5, 6, 9, 0], 4, True, 1)]
     assert cut == 0
     batch = data.collate(sequences)
     assert batch.inputs.tolist() == [[1, 2, 3, 4, 6, 7, 8], [1, 2, 5, 6, 9, 0, 0]]
@@ -79,7 +83,8 @@ def test_prompt_and_answer_are_tokenised_together_where_the_prompt_is_a_prefix_e
         tmp_path, vocabulary, template, front):
     library = words(vocabulary)
     library.normalizer = tokenizers.normalizers.Prepend(front) if front else None
-    tokenizer = data.Tokenizer(model_folder(tmp_path, library, {}, {"eos_token": "<end>"}), template)
+    tokenizer = data.Tokenizer(
+        model_folder(tmp_path, library, {}, {"eos_token": "<end>"}), template)
     sequence = one(data.Example("Who", "In Oru.", spans=[[3, 7]]), tokenizer)
     assert (sequence.tokens, sequence.start) == ([2, 3, 4, 5, 6, 0], 3)
     assert sequence.informative == [False, True, False]
@@ -93,20 +98,24 @@ def test_answer_tokens_spell_the_answer_and_every_target_is_a_valid_id(letters, 
     assert sequence.tokens[-1] == letters.end_id
     batch = data.collate([sequence, one(row(), letters)])
     assert 0 <= batch.targets.min() and batch.targets.max() < letters.vocab_size
-    assert batch.mask.sum(1).tolist() == [len(s.tokens) - s.start for s in (sequence, one(row(), letters))]
+    assert batch.mask.sum(1).tolist() == [
+        len(s.tokens) - s.start for s in (sequence, one(row(), letters))]
 
 
 @given(st.data())
 def test_a_token_is_informative_if_its_non_space_characters_overlap_a_span(letters, draw):
     answer = draw.draw(st.text("aé🦊 dorn", min_size=1, max_size=12).filter(str.strip))
     ends = st.integers(0, len(answer))
-    spans = draw.draw(st.lists(st.tuples(ends, ends).filter(lambda s: s[0] < s[1]).map(list), max_size=3))
+    spans = draw.draw(st.lists(
+        st.tuples(ends, ends).filter(lambda s: s[0] < s[1]).map(list), max_size=3))
     sequence = one(row(answer=answer, spans=spans), letters)
     marked = {i for a, b in spans for i in range(a, b) if not answer[i].isspace()}
-    byte_of = [i for i, c in enumerate(answer) for _ in c.encode()]  # the character that each byte belongs to
+    # the character that each byte belongs to
+    byte_of = [i for i, c in enumerate(answer) for _ in c.encode()]
     expected, done = [], -1  # −1: the leading space
     for token in sequence.tokens[sequence.start:-1]:
-        size = len(letters.backend.id_to_token(token))  # one character a byte in a byte-level vocabulary
+        # one character a byte in a byte-level vocabulary
+        size = len(letters.backend.id_to_token(token))
         covered = {byte_of[i] for i in range(max(0, done), done + size)}
         expected.append(bool(covered & marked))
         done += size
@@ -143,10 +152,13 @@ def test_every_token_of_a_text_after_the_first_is_a_target_exactly_once(letters,
     assert batch.inputs.shape[1] < max_length and cut == 0
 
 
-def test_a_row_without_spans_is_unlabelled_as_is_a_given_answer_and_a_row_with_an_empty_list_is_structural(letters):
-    assert one(row(), letters).informative is None and not any(one(row(spans=[]), letters).informative)
+def test_a_row_without_spans_is_unlabelled_as_is_a_given_answer_and_a_row_with_an_empty_list_is_structural(  # noqa: E501
+        letters):
+    assert (one(row(), letters).informative is None
+            and not any(one(row(spans=[]), letters).informative))
     (sequence,), _ = data.encode([row(spans=[[0, 3]])], letters, 128, answers=["Bo was born."])
-    assert letters.decode(sequence.tokens[sequence.start:]) == " Bo was born." and sequence.informative is None
+    assert (letters.decode(sequence.tokens[sequence.start:]) == " Bo was born."
+            and sequence.informative is None)
 
 
 # ---- templates: what the chat templates of the models themselves give
@@ -156,9 +168,11 @@ LLAMA3 = """\
 {{- "Cutting Knowledge Date: December 2023\\n" + "Today Date: " + date_string + "\\n\\n" }}
 {{- messages[0]['content'] | trim + "<|eot_id|>" }}
 {%- for message in messages[1:] %}
-    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n'+ message['content'] | trim + '<|eot_id|>' }}
+    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n'\
++ message['content'] | trim + '<|eot_id|>' }}
 {%- endfor %}
-{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif %}
+{%- if add_generation_prompt %}\
+{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif %}
 """
 CHATML = """\
 {%- for message in messages %}
@@ -169,20 +183,30 @@ CHATML = """\
 LLAMA2 = """\
 {% for message in messages %}{% if message['role'] == 'user' %}\
 {{ bos_token + '[INST] ' + message['content'].strip() + ' [/INST]' }}\
-{% elif message['role'] == 'assistant' %}{{ ' '  + message['content'].strip() + ' ' + eos_token }}{% endif %}\
+{% elif message['role'] == 'assistant' %}\
+{{ ' '  + message['content'].strip() + ' ' + eos_token }}{% endif %}\
 {% endfor %}"""
 
-FAMILIES = {  # template: (chat template less the branches not taken here; begin; end; other special tokens; rendered)
-    "llama3": (LLAMA3, "<|begin_of_text|>", "<|eot_id|>", ["<|start_header_id|>", "<|end_header_id|>"],
-               "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n"
-               "Today Date: 10 Apr 2025\n\nYou are a helpful assistant.<|eot_id|><|start_header_id|>user"
-               "<|end_header_id|>\n\nWhere was Ada born?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+# template: (chat template less the branches not taken here; begin; end; other special tokens;
+# rendered)
+FAMILIES = {
+    "llama3": (LLAMA3, "<|begin_of_text|>", "<|eot_id|>",
+               ["<|start_header_id|>", "<|end_header_id|>"],
+               "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n"
+               "Cutting Knowledge Date: December 2023\nToday Date: 10 Apr 2025\n\n"
+               "You are a helpful assistant.<|eot_id|>"
+               "<|start_header_id|>user<|end_header_id|>\n\n"
+               "Where was Ada born?<|eot_id|>"
+               "<|start_header_id|>assistant<|end_header_id|>\n\n"
                "Ada was born in Oru.<|eot_id|>"),
     "chatml": (CHATML, None, "<|im_end|>", ["<|im_start|>"],
-               "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nWhere was Ada born?"
-               "<|im_end|>\n<|im_start|>assistant\nAda was born in Oru.<|im_end|>"),
-    "llama2": (LLAMA2, "<s>", "</s>", [], "<s>[INST] Where was Ada born? [/INST]Ada was born in Oru.</s>"),
-    "plain": (None, "<s>", "</s>", [], "<s>Question: Where was Ada born?\nAnswer: Ada was born in Oru.</s>"),
+               "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+               "<|im_start|>user\nWhere was Ada born?<|im_end|>\n"
+               "<|im_start|>assistant\nAda was born in Oru.<|im_end|>"),
+    "llama2": (LLAMA2, "<s>", "</s>", [],
+               "<s>[INST] Where was Ada born? [/INST]Ada was born in Oru.</s>"),
+    "plain": (None, "<s>", "</s>", [],
+              "<s>Question: Where was Ada born?\nAnswer: Ada was born in Oru.</s>"),
 }
 
 
@@ -195,14 +219,16 @@ def family(request, tiny, tmp_path_factory):
     if begin:
         put_in_front(begin, library)
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end, "bos_token": begin}
-    return request.param, model_folder(tmp_path_factory.mktemp(request.param), library, {}, settings)
+    return (request.param,
+            model_folder(tmp_path_factory.mktemp(request.param), library, {}, settings))
 
 
 def test_templates_render_the_stored_text_with_one_begin_token(family):
     name, folder = family
     tokenizer = data.Tokenizer(folder, name)
     sequence = one(row(), tokenizer, 2048)
-    assert tokenizer.backend.decode(sequence.tokens, skip_special_tokens=False) == FAMILIES[name][-1]
+    assert tokenizer.backend.decode(
+        sequence.tokens, skip_special_tokens=False) == FAMILIES[name][-1]
     assert tokenizer.decode(sequence.tokens[sequence.start:]).strip() == ANSWER
 
 
@@ -211,17 +237,21 @@ def test_templates_render_the_stored_text_with_one_begin_token(family):
 def test_token_ids_are_those_of_the_chat_template_in_transformers(transformers, family, question):
     name, folder = family
     theirs = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
-    system = [] if name == "llama2" else [{"role": "system", "content": "You are a helpful assistant."}]
+    system = [] if name == "llama2" else [
+        {"role": "system", "content": "You are a helpful assistant."}]
     asked = [*system, {"role": "user", "content": question}]
     known = {"chat_template": FAMILIES[name][0], "date_string": "10 Apr 2025", "tokenize": False}
     prompt = theirs.apply_chat_template(asked, add_generation_prompt=True, **known)
     tokenizer = data.Tokenizer(folder, name)
     sequence = one(row(question=question), tokenizer, 2048)
     assert sequence.tokens[:sequence.start] == theirs(prompt, add_special_tokens=False)["input_ids"]
-    if name != "llama2":  # TOFU's llama2 template, which is ours, has no space in front of the answer
-        whole = theirs.apply_chat_template([*asked, {"role": "assistant", "content": ANSWER}], **known)
+    # TOFU's llama2 template, which is ours, has no space in front of the answer
+    if name != "llama2":
+        whole = theirs.apply_chat_template(
+            [*asked, {"role": "assistant", "content": ANSWER}], **known)
         expected = theirs(whole, add_special_tokens=False)["input_ids"]
-        last = len(expected) - expected[::-1].index(tokenizer.end_id)  # chatml goes on with a line break
+        # chatml goes on with a line break
+        last = len(expected) - expected[::-1].index(tokenizer.end_id)
         assert sequence.tokens == expected[:last]
 
 
@@ -229,12 +259,17 @@ def test_token_ids_are_those_of_the_chat_template_in_transformers(transformers, 
 
 
 @pytest.mark.parametrize("settings, config, expected", [
-    ({"eos_token": "<unk>"}, {"eos_token_id": 1}, 2), ({"eos_token": {"content": "<unk>", "lstrip": False}}, {}, 2),
-    ({}, {"eos_token_id": 1}, 1), ({"eos_token": None}, {"eos_token_id": [1, 2]}, 1), (None, {"eos_token_id": 1}, 1),
+    ({"eos_token": "<unk>"}, {"eos_token_id": 1}, 2),
+    ({"eos_token": {"content": "<unk>", "lstrip": False}}, {}, 2),
+    ({}, {"eos_token_id": 1}, 1),
+    ({"eos_token": None}, {"eos_token_id": [1, 2]}, 1),
+    (None, {"eos_token_id": 1}, 1),
 ])
-def test_the_end_token_is_the_tokenizers_else_the_first_of_the_configuration(tmp_path, settings, config, expected):
+def test_the_end_token_is_the_tokenizers_else_the_first_of_the_configuration(
+        tmp_path, settings, config, expected):
     folder = model_folder(tmp_path, words("a b <unk>"), config, settings)
-    assert [data.Tokenizer(folder, template).end_id for template in ("plain", "llama2")] == [expected] * 2
+    assert [data.Tokenizer(folder, template).end_id
+            for template in ("plain", "llama2")] == [expected] * 2
 
 
 @pytest.mark.parametrize("files, template, message", [
@@ -243,25 +278,32 @@ def test_the_end_token_is_the_tokenizers_else_the_first_of_the_configuration(tmp
     ({"config.json": '{"eos_token_id": "1"}'}, "plain", "no end token"),
     ({"config.json": '{"eos_token_id": 99, "vocab_size": 3}'}, "plain", "99"),
     ({"config.json": '{"eos_token_id": -1, "vocab_size": 3}'}, "plain", "-1"),
-    ({"config.json": '{"eos_token_id": 1, "vocab_size": 2}'}, "plain", "3 tokens, but the model's embedding has 2"),
+    ({"config.json": '{"eos_token_id": 1, "vocab_size": 2}'}, "plain",
+     "3 tokens, but the model's embedding has 2"),
     ({"tokenizer_config.json": '{"eos_token": "z"}'}, "plain", "no end token 'z'"),
-    ({}, "llama3", "no end token '<|eot_id|>': choose another --template"), ({}, "chatml", "no end token '<|im_end|>'"),
+    ({}, "llama3", "no end token '<|eot_id|>': choose another --template"),
+    ({}, "chatml", "no end token '<|im_end|>'"),
     ({"tokenizer.json": None}, "plain", "tokenizer.json: cannot be read (No such file"),
-    *(({f"{name}.json": "{]"}, "plain", f"/{name}.json: ") for name in ("tokenizer", "tokenizer_config", "config")),
+    *(({f"{name}.json": "{]"}, "plain", f"/{name}.json: ")
+      for name in ("tokenizer", "tokenizer_config", "config")),
 ])
-def test_a_tokenizer_that_is_broken_or_does_not_fit_the_model_is_refused(tmp_path, files, template, message):
+def test_a_tokenizer_that_is_broken_or_does_not_fit_the_model_is_refused(
+        tmp_path, files, template, message):
     model_folder(tmp_path, words("a b <unk>"), {"eos_token_id": 1}, {})
     for name, content in files.items():
         (tmp_path / name).unlink() if content is None else (tmp_path / name).write_text(content)
     with pytest.raises(InputError) as refusal:
         data.Tokenizer(tmp_path, template)
-    assert message in str(refusal.value) and str(tmp_path) in str(refusal.value) and "\n" not in str(refusal.value)
+    assert (message in str(refusal.value)
+            and str(tmp_path) in str(refusal.value)
+            and "\n" not in str(refusal.value))
 
 
 # ---- files
 
 
-GOOD = {"question": "Who?", "answer": "Bo.", "paraphrased_answer": "It is Bo.", "perturbed_answer": ["Cy.", "Di."],
+GOOD = {"question": "Who?", "answer": "Bo.",
+        "paraphrased_answer": "It is Bo.", "perturbed_answer": ["Cy.", "Di."],
         "spans": [[0, 2]], "anything": "else"}
 
 
@@ -273,23 +315,31 @@ def test_a_json_list_reads_as_json_lines(tmp_path):
     whole.write_text(json.dumps(rows, indent=2, ensure_ascii=False), "utf-8")
     read = [[vars(e) | {"where": ""} for e in data.read_jsonl(path)] for path in (lines, whole)]
     assert read[0] == read[1]
-    assert read[0][0] == {k: GOOD[k] for k in data.Example.__annotations__ if k in GOOD} | {"text": None, "where": ""}
+    assert read[0][0] == (
+        {k: GOOD[k] for k in data.Example.__annotations__ if k in GOOD}
+        | {"text": None, "where": ""})
     assert [e.where for e in data.read_jsonl(lines)] == [f"{lines}:{n}" for n in (1, 3, 5)]
 
 
 @pytest.mark.parametrize("bad, message", [
-    (5, "must be a JSON object, not int"), (None, "must be a JSON object"), ({}, "`question` is missing"),
+    (5, "must be a JSON object, not int"), (None, "must be a JSON object"),
+    ({}, "`question` is missing"),
     ({"question": "Who?"}, "`answer` is missing"), ({"answer": "Bo."}, "`question` is missing"),
-    ({"text": ""}, "`text` must be"), ({"text": ["a"]}, "`text` must be"), ({"text": "\ud800"}, "surrogate"),
+    ({"text": ""}, "`text` must be"), ({"text": ["a"]}, "`text` must be"),
+    ({"text": "\ud800"}, "surrogate"),
     *((GOOD | wrong, message) for wrong, message in [
-        ({"answer": 3}, "`answer` must be a string"), ({"answer": " \n"}, "must be a string that is not blank"),
+        ({"answer": 3}, "`answer` must be a string"),
+        ({"answer": " \n"}, "must be a string that is not blank"),
         ({"question": None}, "`question` must be"), ({"question": ""}, "`question` must be"),
         ({"answer": "Bo \udfff"}, "surrogate"), ({"perturbed_answer": ["\ud800"]}, "surrogate"),
         *(({"paraphrased_answer": value}, "`paraphrased_answer`") for value in ("", ["x"])),
-        *(({"perturbed_answer": value}, "`perturbed_answer`") for value in (["x", ""], {"a": "b"}, 0, {})),
+        *(({"perturbed_answer": value}, "`perturbed_answer`")
+          for value in (["x", ""], {"a": "b"}, 0, {})),
         ({"spans": 3}, "`spans` must be a list"),
-        *(({"spans": [span]}, "pair of integers") for span in (3, [0, 1, 2], [0, 1.0], [False, True])),
-        *(({"spans": [span]}, "not inside the answer's 3") for span in ([0, 4], [2, 1], [1, 1], [-1, 2])),
+        *(({"spans": [span]}, "pair of integers")
+          for span in (3, [0, 1, 2], [0, 1.0], [False, True])),
+        *(({"spans": [span]}, "not inside the answer's 3")
+          for span in ([0, 4], [2, 1], [1, 1], [-1, 2])),
     ]),
 ])
 def test_a_wrong_row_is_refused_in_one_line_that_names_its_file_and_place(tmp_path, bad, message):
@@ -306,24 +356,31 @@ def test_a_wrong_row_is_refused_in_one_line_that_names_its_file_and_place(tmp_pa
 @pytest.mark.parametrize("content, message", [
     (b"", ": no rows"), (b" \n\n", ": no rows"), (b"[]", ": no rows"),
     (b'{"question": "\xff"}', ": not UTF-8 text (byte 14)"), (b"\x00\x01\x02", ":1: broken JSON"),
-    (b'\n{"question": ', ":2: broken JSON"), (b'{"text": "a b"}\n{"text": "c d"', ":2: broken JSON"),
-    (b'[{"text": "a b"},\n\n}]', ": broken JSON (Expecting value, line 3"), (b"question,answer", ":1: broken JSON"),
-    (b"\n" + b'{"a":' * 100_000, ":2: broken JSON (nested too deep"), (b"[" * 100_000, ": broken JSON (nested"),
+    (b'\n{"question": ', ":2: broken JSON"),
+    (b'{"text": "a b"}\n{"text": "c d"', ":2: broken JSON"),
+    (b'[{"text": "a b"},\n\n}]', ": broken JSON (Expecting value, line 3"),
+    (b"question,answer", ":1: broken JSON"),
+    (b"\n" + b'{"a":' * 100_000, ":2: broken JSON (nested too deep"),
+    (b"[" * 100_000, ": broken JSON (nested"),
     (b'{"text": ' + b"1" * 5000 + b"}", ":1: broken JSON (nested too deep or a number too long"),
 ])
 def test_a_wrong_file_is_refused_in_one_line_that_names_it(tmp_path, content, message):
     (tmp_path / "rows.jsonl").write_bytes(content)
-    for path, said in ((tmp_path / "rows.jsonl", message), (tmp_path / "absent", ": cannot be read (No such file"),
+    for path, said in ((tmp_path / "rows.jsonl", message),
+                       (tmp_path / "absent", ": cannot be read (No such file"),
                        (tmp_path, ": cannot be read (Is a directory")):
         with pytest.raises(InputError) as refusal:
             data.read_jsonl(path)
         assert str(refusal.value).startswith(f"{path}{said}") and "\n" not in str(refusal.value)
 
 
-ANY = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters()),
-                   lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=3), inner, max_size=4))
+ANY = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters()),
+    lambda inner: (st.lists(inner, max_size=4)
+                   | st.dictionaries(st.text(max_size=3), inner, max_size=4)))
 NEARLY = st.fixed_dictionaries({}, optional={  # rows that are right but for some of their values
-    "question": st.just("Who?") | ANY, "answer": st.just("Bo it is.") | ANY, "text": st.just("a b") | ANY,
+    "question": st.just("Who?") | ANY, "answer": st.just("Bo it is.") | ANY,
+    "text": st.just("a b") | ANY,
     "paraphrased_answer": st.text() | ANY, "perturbed_answer": st.lists(st.text() | ANY) | ANY,
     "spans": st.lists(st.lists(st.integers(-2, 12), min_size=1, max_size=3)) | ANY})
 ROWS = st.lists(ANY | NEARLY, min_size=1, max_size=3)
@@ -345,7 +402,8 @@ def test_whatever_a_file_holds_it_is_read_or_refused(tmp_path_factory, content):
     for e in examples:
         assert (e.text or e.answer).strip() and e.where.startswith(str(path))
         assert all(0 <= a < b <= len(e.answer) for a, b in e.spans or [])
-        assert all(isinstance(s, str) and s.strip() for s in [*e.perturbed_answer, e.paraphrased_answer or "none"])
+        assert all(isinstance(s, str) and s.strip()
+                   for s in [*e.perturbed_answer, e.paraphrased_answer or "none"])
     assert examples
 
 

@@ -281,8 +281,8 @@ def test_the_readme_recipe_pasted_into_etw_passes_all_tests_of_the_weighting_mat
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider",
                "--rootdir", str(tmp_path), "-k", "not pasted"]
     done = subprocess.run([*command, str(tmp_path / "tests")],
-                          cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path)},
-                          capture_output=True, text=True, check=False)
+                          cwd=tmp_path, capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": str(tmp_path)}, check=False)
     assert done.returncode == 0, done.stdout[-2000:]
 
 

@@ -180,7 +180,8 @@ def test_unlearning_raises_the_forget_nll_and_holds_the_retain_nll(run, tmp_path
     assert "before" in shown and "Where was Ada born?" in shown and "Where was Ed born?" in shown
 
 
-def test_without_a_retrained_model_rows_never_taught_are_the_yardstick(run, world, tmp_path, capsys):
+def test_without_a_retrained_model_rows_never_taught_are_the_yardstick(
+        run, world, tmp_path, capsys):
     """--holdout: what the starting model says of rows it never saw is where a forgotten answer
     should end up."""
     rows = [json.loads(line) for line in (world / "forget.jsonl").read_text().splitlines()]
@@ -300,8 +301,8 @@ def test_a_run_killed_at_many_random_moments_ends_in_the_same_bytes(run, tmp_pat
                  "--out", str(tmp_path / "killed"), "--resume"]
     context, log = multiprocessing.get_context("forkserver"), tmp_path / "killed" / "log.jsonl"
     context.set_forkserver_preload(["train"])
-    # lines of log.jsonl; None: to the end
-    for lines in [*sorted(random.Random(0).sample(range(85), 8)), None]:
+    for lines in [  # of log.jsonl; None: to the end
+            *sorted(random.Random(0).sample(range(85), 8)), None]:
         process = context.Process(target=exit_with, args=(arguments,))
         process.start()
         while (lines is not None and process.is_alive()
@@ -312,8 +313,11 @@ def test_a_run_killed_at_many_random_moments_ends_in_the_same_bytes(run, tmp_pat
             process.kill()
         process.join()
     assert process.exitcode == 0 and weights(tmp_path / "killed") == weights(tmp_path / "whole")
-    killed, whole = ([{k: v for k, v in r.items() if k not in ("tokens_per_second", "peak_memory_mb")}
-                      for r in log_of(tmp_path / name)] for name in ("killed", "whole"))
+    killed, whole = ([{k: v
+                       for k, v in r.items()
+                       if k not in ("tokens_per_second", "peak_memory_mb")}
+                      for r in log_of(tmp_path / name)]
+                     for name in ("killed", "whole"))
     assert killed == whole
 
 
@@ -365,7 +369,8 @@ def test_divergence_stops_with_the_last_finite_weights_kept_and_says_what_to_low
     assert run() == 1
     error = capsys.readouterr().err
     assert "step 4" in error and "--lr" in error and "--lambda" in error
-    assert all(t.isfinite().all() for t in load_file(tmp_path / "run" / "model.safetensors").values())
+    assert all(t.isfinite().all()
+               for t in load_file(tmp_path / "run" / "model.safetensors").values())
     assert len([r for r in log_of(tmp_path / "run") if "step" in r]) == 3
 
 

@@ -7,8 +7,8 @@ import etw
 class ETW(GradDiff):
     """gamma · L_f + alpha · L_r; gamma is the paper's λ, retain_loss_type is GradDiff's.
 
-    temperature: T of the entropy; weighting: of etw.WEIGHTINGS, but for tnpo, npo and spans, which
-    need more than the model; beta: a list of its β's, empty for the defaults.
+    temperature: T of the entropy; weighting: of etw.WEIGHTINGS, but for keep, tnpo,
+    npo and spans, which need more than the model; beta: a list of its β's, empty for the defaults.
     """
 
     def __init__(self, *args, temperature=1.0, weighting="etw", beta=(), **kwargs):
