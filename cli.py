@@ -1,6 +1,6 @@
 """What both command lines share: one-line refusals, typed flags, careful files, signals, device.
 
-Imports nothing of ours, and torch only where it is used: an interrupt is one line also while torch loads.
+Imports nothing of ours, and torch only where it is used: an interrupt while it loads is one line.
 """
 import argparse
 import contextlib
@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent
 
 
 class InputError(ValueError):
-    """The user's input is wrong. One line: which file or flag, what is wrong with it, what to do."""
+    """The user's input is wrong. One line: which file or flag, what is wrong, what to do."""
 
 
 class Stopped(Exception):
@@ -49,19 +49,22 @@ def number(kind=float, least=-math.inf, most=math.inf, above=-math.inf):
             value = kind(string)
             fits = math.isfinite(value) and above < value and least <= value <= most
         except (ValueError, OverflowError):
-            raise argparse.ArgumentTypeError(f"{string!r:.40} is not a number ({kind.__name__})") from None
+            why = f"{string!r:.40} is not a number ({kind.__name__})"
+            raise argparse.ArgumentTypeError(why) from None
         if not fits:
             wanted = " and ".join(known) or "that is finite"
-            raise argparse.ArgumentTypeError(f"{string:.40} is out of range: give a number {wanted}")
+            why = f"{string:.40} is out of range: give a number {wanted}"
+            raise argparse.ArgumentTypeError(why)
         return value
 
     return parse
 
 
 def text(string):
-    """An argparse type: a name or a question as it is, unless it is blank, has a NUL or is not Unicode."""
+    """An argparse type: a name or a question, unless it is blank, has a NUL or is not Unicode."""
     if not string.strip() or "\0" in string or not encodable(string):
-        raise argparse.ArgumentTypeError("must be text: not blank, no NUL, in the terminal's encoding")
+        why = "must be text: not blank, no NUL, in the terminal's encoding"
+        raise argparse.ArgumentTypeError(why)
     return string
 
 
@@ -71,7 +74,7 @@ def encodable(string):
 
 
 def printable(string):
-    """Nothing from a data file or a model steers the terminal (or breaks XML): · for each such character."""
+    """Nothing from a data file or a model steers the terminal or breaks XML: · instead."""
     return "".join(c if c.isprintable() else "·" for c in string)
 
 
@@ -84,7 +87,7 @@ def bundled(name):
 
 
 def same(path, other):
-    """Whether two paths are one file or folder: by inode where both exist, so that no link deceives it."""
+    """Whether two paths are one file or folder: by inode where both exist, whatever the links."""
     try:
         return os.path.samefile(path, other)
     except (OSError, ValueError):
@@ -92,7 +95,7 @@ def same(path, other):
 
 
 def read_bytes(path, advice):
-    """The content of a file that the user named; InputError, with advice, unless it is a readable file."""
+    """The content of a file that the user named; InputError, with advice, if it is none."""
     try:
         number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe would block
         with open(number, "rb") as file:
@@ -107,7 +110,7 @@ def read_bytes(path, advice):
 
 
 def read_json(path, advice="copy the model's own file again"):
-    """The JSON object in a file, {} if there is no such file; InputError, with advice, if it is not one."""
+    """The JSON object in a file, {} without the file; InputError, with advice, if it is none."""
     if not os.path.lexists(path):
         return {}
     content = read_bytes(path, advice)
@@ -121,9 +124,9 @@ def read_json(path, advice="copy the model's own file again"):
 
 
 def check_output(flag, path, inputs, ours):
-    """Refuse a file that a flag is to write, if it is the user's: nothing of theirs is ever overwritten.
+    """Refuse a file that a flag is to write, if it is the user's: nothing of theirs is overwritten.
 
-    inputs: what this command reads; ours(bytes) -> whether an existing file is what this flag writes.
+    inputs: what this command reads; ours(bytes) -> whether a file is what this flag writes.
     """
     path = Path(path)
     folder = path.absolute().parent
@@ -132,13 +135,13 @@ def check_output(flag, path, inputs, ours):
     if any(same(path, other) for other in inputs if other):
         raise InputError(f"{flag} {path}: this command reads it: name another file")
     if any((folder / name).exists() for name in ("config.json", "args.json")):
-        raise InputError(f"{flag} {path}: is in the folder of a model or run: name a file elsewhere")
+        raise InputError(f"{flag} {path}: is in the folder of a model or run: name another place")
     if os.path.lexists(path) and not ours(read_bytes(path, "name another file")):
         raise InputError(f"{flag} {path}: exists and is not what {flag} writes: name another file")
 
 
 def write_aside(path, write):
-    """Let write(other path) make a file, then flush and rename it: path is the old file or the new one."""
+    """Let write(aside) make a file, flush and rename it: path is the old file or the new one."""
     path = Path(path)
     aside = path.with_name(f".{path.name}.{os.getpid()}.aside")
     try:
@@ -187,7 +190,7 @@ def how_to_go_on():
 
 
 def on_interrupt(program):
-    """From now on SIGINT and SIGTERM end the program at once, in one line; no file is torn by that."""
+    """From now on SIGINT and SIGTERM end the program at once, in one line; no file is torn."""
 
     def stop(*_):
         line = f"\n{program}: interrupted; {how_to_go_on()}\n"
@@ -239,7 +242,7 @@ def muted():
 
 
 def guarded(program, run, argv):
-    """Run a command line; returns its exit code: 0, 1 a fault or stopped, 2 wrong input, 130 interrupted.
+    """Run a command line; returns its exit code: 0, 1 stopped, 2 wrong input, 130 interrupted.
 
     What is not a bug is one line on stderr.
     """
@@ -274,7 +277,7 @@ def ending(run, argv):
 
 
 def pick_device(name, dtype):
-    """(device, autocast dtype) of --device and --dtype: `auto` takes a GPU, and bfloat16 if it has that."""
+    """(device, autocast dtype): `auto` takes a GPU, and bfloat16 if it has that."""
     import torch
 
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", name):
@@ -285,7 +288,7 @@ def pick_device(name, dtype):
     try:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError, NotImplementedError):
-        raise InputError(f"--device {name}: not available on this machine; use cpu or auto") from None
+        raise InputError(f"--device {name}: not available here; use cpu or auto") from None
     if name == "cpu":
         keep_freed_memory()
     native = name.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -303,7 +306,7 @@ def precision(device, dtype):
 
 
 def keep_freed_memory():
-    """glibc returns large blocks to the kernel and pays page faults to have them again: a tenth of a step."""
+    """glibc gives large blocks back and pays page faults to have them again: a tenth of a step."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: large blocks from the heap

@@ -1,9 +1,9 @@
-"""From JSONL rows to batches: read, put into a template, tokenise, mark the answer, shift once, pad.
+"""From JSONL rows to batches: read, fill a template, tokenise, mark the answer, shift once, pad.
 
-A row is a JSON object with `question` and `answer`, optionally `paraphrased_answer`, `perturbed_answer`
-(a list of wrong answers) and `spans` (a list of [start, end) character offsets into `answer` that carry
-the information); or `text` alone, of which every token after the first is a target. Files are JSON lines
-or one JSON list.
+A row is a JSON object with `question` and `answer`, optionally `paraphrased_answer`,
+`perturbed_answer` (a list of wrong answers) and `spans` (a list of [start, end) character offsets
+into `answer` that carry the information); or `text` alone, of which every token after the first is
+a target. Files are JSON lines or one JSON list.
 """
 import json
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ from cli import InputError, encodable, muted, read_bytes, read_json
 
 
 class Template(NamedTuple):
-    """The text around a question and before its answer; `end`: the end token, None for the tokenizer's."""
+    """The text around a question and before its answer; end: the end token, None: tokenizer's."""
     before: str
     after: str
     lead: str = ""
@@ -59,22 +59,22 @@ class Example:
 
 
 def read_jsonl(path):
-    """The rows of a JSON lines file (or one JSON list) as Examples, in order; blank lines are skipped.
+    """The rows of a JSON lines file (or one JSON list) as Examples; blank lines are skipped.
 
     InputError names the file and line, what is wrong and what to do.
     """
     try:
         content = read_bytes(path, "give a file of JSON lines").decode("utf-8-sig")
     except UnicodeDecodeError as e:
-        raise InputError(f"{path}: not UTF-8 text (byte {e.start}): save the file as UTF-8") from None
+        raise InputError(f"{path}: not UTF-8 text (byte {e.start}): save it as UTF-8") from None
     if content.lstrip().startswith("["):
         rows = [(f"{path}: row {n}", row) for n, row in enumerate(_parse(content, str(path)), 1)]
     else:
         lines = [(f"{path}:{n}", line) for n, line in enumerate(content.split("\n"), 1)]
         rows = [(where, _parse(line, where)) for where, line in lines if line.strip()]
     if not rows:
-        raise InputError(f"{path}: no rows: give at least one JSON object with `question` and `answer`, "
-                         "or `text`")
+        raise InputError(f"{path}: no rows: give at least one JSON object with `question` and "
+                         "`answer`, or `text`")
     return [_example(row, where) for where, row in rows]
 
 
@@ -103,7 +103,8 @@ def _example(row, where):
         need_text(row["text"], "`text`")
         return Example(text=row["text"], where=where)
     for key in ("question", "answer"):
-        need(key in row, f"`{key}` is missing: a row needs `question` and `answer`, or `text` alone")
+        need(key in row,
+             f"`{key}` is missing: a row needs `question` and `answer`, or `text` alone")
         need_text(row[key], f"`{key}`")
     paraphrase, wrong, spans = map(row.get, ("paraphrased_answer", "perturbed_answer", "spans"))
     if paraphrase is not None:
@@ -128,7 +129,7 @@ def _example(row, where):
 class Tokenizer:
     """tokenizer.json of a model directory with its begin and end tokens.
 
-    begin: ids the tokenizer itself puts in front (often none or one); end_id: the end token of `template`.
+    begin: ids that it puts in front itself (often none or one); end_id: the template's end token.
     InputError where a file or the end token is missing or does not fit the model.
     """
 
@@ -144,12 +145,12 @@ class Tokenizer:
         self.vocab_size = 1 + max([*ids.values(), *self.begin], default=-1)
         room = config.get("vocab_size", self.vocab_size)
         if self.vocab_size > room:
-            raise InputError(f"{file}: {self.vocab_size} tokens, but the model's embedding has {room}: "
-                             "use the model's own tokenizer")
+            raise InputError(f"{file}: {self.vocab_size} tokens, but the model's embedding has "
+                             f"{room}: use the model's own tokenizer")
         self.end_id = self._end(config, settings, folder)
         if not 0 <= self.end_id < room:
-            raise InputError(f"{folder / 'config.json'}: eos_token_id {self.end_id} is not one of {room} "
-                             "tokens: correct it")
+            raise InputError(f"{folder / 'config.json'}: eos_token_id {self.end_id} is not one of "
+                             f"{room} tokens: correct it")
 
     def _open(self):
         content = read_bytes(self.file, "copy the model's tokenizer.json there")
@@ -170,7 +171,8 @@ class Tokenizer:
             if isinstance(e, KeyboardInterrupt | SystemExit):
                 raise
             reason = (str(e).splitlines() or ["broken"])[0]
-            raise InputError(f"{self.file}: not a tokenizer that works ({reason:.120}): copy the model's own file again") from None
+            raise InputError(f"{self.file}: not a tokenizer that works ({reason:.120}): "
+                             "copy the model's own file again") from None
 
     def _end(self, config, settings, folder):
         """The template's end token, else the tokenizer's, else the first of config.json's."""
@@ -188,7 +190,7 @@ class Tokenizer:
         return ids
 
     def encode(self, string, begin=False):
-        """ids and [start, end) character offsets of a string; only the begin ids are added, if asked."""
+        """ids and [start, end) character offsets of a string, after the begin ids if asked."""
         encoding = self._try(self.backend.encode, string, add_special_tokens=False)
         front = self.begin if begin else []
         if encoding.ids[:len(front)] == front:  # the template has brought its own
@@ -200,7 +202,7 @@ class Tokenizer:
 
 
 class Sequence(NamedTuple):
-    """Token ids of one prompt with one answer; the answer, its end token included, begins at `start`."""
+    """Token ids of a prompt with an answer, which begins at `start` and has an end token."""
     tokens: list
     start: int
     informative: list | None  # a bool for each answer token, where the row has spans
@@ -217,10 +219,10 @@ def prompt_ids(example, tokenizer):
 def encode(examples, tokenizer, max_length, answers=None):
     """Sequences of the Examples, or of one given answer each (`answers`, strings), in their order.
 
-    Prompt and answer are tokenised together and the answer is what follows the prompt's own number of
-    tokens; where the prompt's tokens are not a prefix of the whole, the two are tokenised apart. Then
-    comes the end token. An answer beyond max_length tokens is cut; a `text` row becomes windows that
-    overlap by one token, so that every token after the first is a target once.
+    Prompt and answer are tokenised together and the answer is what follows the prompt's own number
+    of tokens; where the prompt's tokens are not a prefix of the whole, the two are tokenised apart.
+    Then comes the end token. An answer beyond max_length tokens is cut; a `text` row becomes
+    windows that overlap by one token, so that every token after the first is a target once.
     Returns (sequences, number of answers cut). InputError if a prompt leaves no room for an answer.
     """
     sequences, cut = [], 0
@@ -236,8 +238,9 @@ def encode(examples, tokenizer, max_length, answers=None):
         answer = example.answer if answers is None else answers[row]
         start, ids, offsets = _tokenise(example.question, answer, tokenizer, max_length)
         if not 0 < start < max_length:
-            raise InputError(f"{example.where}: the prompt's {start} tokens leave no room for an answer "
-                             f"in {max_length}: shorten it, or give train.py a larger --max-length")
+            raise InputError(f"{example.where}: the prompt's {start} tokens leave no room for an "
+                             f"answer in {max_length}: shorten it, or give train.py a larger "
+                             "--max-length")
         ended = len(ids) < max_length
         cut += not ended
         informative = None
@@ -249,10 +252,10 @@ def encode(examples, tokenizer, max_length, answers=None):
 
 
 def _tokenise(question, answer, tokenizer, max_length):
-    """Number of prompt tokens, ids of prompt and answer, [start, end) of each token in the answer."""
+    """Number of prompt tokens, ids of prompt and answer, each one's [start, end) in the answer."""
     template = tokenizer.template
-    # What cannot fit is not tokenised: a line of megabytes would take minutes only to be cut. Twice the
-    # longest token for each place is more than any tokenizer reads into it.
+    # What cannot fit is not tokenised: a line of megabytes would take minutes only to be cut. Twice
+    # the longest token for each place is more than any tokenizer reads into it.
     most = 2 * max_length * tokenizer.longest
     question = template.before + question[:most] + template.after
     answer = template.lead + answer[:most]
@@ -267,7 +270,7 @@ def _tokenise(question, answer, tokenizer, max_length):
 
 
 def _informative(example, offsets):
-    """For each token, whether its non-space characters overlap a span; one pass along the answer."""
+    """For each token, whether its non-space characters overlap a span: one pass over the answer."""
     edges = np.zeros(len(example.answer) + 1, np.int64)
     for start, end in example.spans:
         edges[start] += 1
@@ -289,7 +292,7 @@ class Batch(NamedTuple):
     lengths: torch.Tensor  # (B,): tokens of each row, the rest is padding
 
     def answers(self, hidden):
-        """Of packed hidden states (Σ lengths, D), as Decoder.hidden gives them, the answers': (N, D)."""
+        """The answers' (N, D) of packed hidden states (Σ lengths, D) from Decoder.hidden."""
         places = torch.arange(self.mask.shape[1], device=self.mask.device)
         return hidden[self.mask[places < self.lengths[:, None]]]
 
@@ -297,8 +300,8 @@ class Batch(NamedTuple):
 def collate(sequences, device="cpu"):
     """One right-padded Batch of Sequences, shifted once and for all.
 
-    Padding is token 0 with mask False, so a causal model needs no attention mask and every target is a
-    valid id.
+    Padding is token 0 with mask False, so a causal model needs no attention mask and every target
+    is a valid id.
     """
     lengths = torch.tensor([len(s.tokens) - 1 for s in sequences])
     shape = len(sequences), int(lengths.max())
@@ -317,7 +320,7 @@ def order(n, seed, stream, number):
 
 
 def draw(n, seed, stream, first, count):
-    """Rows first .. first + count of endless shuffled passes: every row is seen before one repeats."""
+    """Rows first .. first + count of endless shuffled passes: each is seen before one repeats."""
     numbers = range(first // n, (first + count - 1) // n + 1)
     passes = {number: order(n, seed, stream, number) for number in numbers}
     return [passes[k // n][k % n] for k in range(first, first + count)]

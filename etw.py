@@ -11,7 +11,7 @@ The equations (arXiv 2604.17785), each beside the function that computes it:
     L_r = − mean_i log p(y_i | x, y_<i)   over the retain set      retain_loss
     L_f =   mean_i ω_i log p(y_i | x, y_<i)   over the forget set  forget_loss
     ω_i = n H_i / Σ_j H_j                                          etw_weights
-    H_i = − Σ_v q_v log q_v,   q = softmax(z_i / T)                token_stats
+    H_i = − Σ_v q_v log q_v,   q = softmax(z_i / T)                entropy_of
 
     symbol   name          shape   what it is
     z        logits        (N, V)  hidden @ head.T, always in float32 before a softmax
@@ -89,7 +89,7 @@ def entropy_of(all_logprobs, temperature=1.0, probs=None):
 
 
 class Tokens(NamedTuple):
-    """What a weighting sees of some sequences, all (B, T). reference: under the starting model."""
+    """What a weighting sees of some sequences, all (B, T); reference: of the starting model."""
     logprobs: torch.Tensor
     entropy: torch.Tensor
     mask: torch.Tensor  # bool: answer tokens
@@ -155,11 +155,12 @@ def inside_spans(tokens):
 
 
 def keep_the_rest(tokens, margin=2.5, sharpness=4.0, keep=10.0):
-    """ω 2σ(β (log p + m)) − k max(0, 1 − ω), ω = n H / Σ H at the start. Ours, not the paper's.
+    """ω 2σ(s (log p + m)) − k max(0, 1 − ω), ω = n H / Σ H at the start. Ours, not the paper's.
 
-    The push on a token ends at a surprise of m nats, so that nothing is driven on without end; what
-    weighs less than the mean is trained to stay (a negative weight); and the starting model says
-    which is which, since the current one's entropy follows what is already broken.
+    s sharpness, m margin in nats, k keep. The push is 2ω on a known token and fades once its
+    surprise passes m, so that nothing is driven on without end; light tokens (ω below k / (k + 2))
+    get a negative weight: they are trained to stay; and the starting model says which is which,
+    since the current one's entropy follows what is already broken.
     """
     weights = etw_weights(tokens.reference_entropy, tokens.mask)
     gate = 2 * torch.sigmoid(sharpness * (tokens.logprobs + margin))
@@ -184,7 +185,8 @@ def weigh(name, tokens, *beta):
     for field in Tokens._fields:
         if getattr(tokens, field) is None and needs(name, field):
             raise ValueError(f"{name} needs `{field}`, which these tokens do not have")
-    tokens = tokens._replace(logprobs=tokens.logprobs.detach(), entropy=tokens.entropy.detach())
+    logprobs = tokens.logprobs.detach().clamp_min(torch.finfo(torch.float32).min)  # −∞ − −∞ is NaN
+    tokens = tokens._replace(logprobs=logprobs, entropy=tokens.entropy.detach())
     return torch.where(tokens.mask, WEIGHTINGS[name](tokens, *beta), 0).detach()
 
 
@@ -193,7 +195,8 @@ ONE = Tokens(ZERO, ZERO, ZERO == 0, ZERO, ZERO == 0, ZERO)  # a single token tha
 
 
 def needs(name, field):
-    """Whether a formula reads a field of its tokens: tried on one token that lacks it."""
+    """Whether a formula reads a field: it is tried on one token whose field is None. So a formula
+    must work on a single token, and not test for None."""
     try:
         WEIGHTINGS[name](ONE._replace(**{field: None}))
     except (TypeError, AttributeError):
@@ -211,7 +214,7 @@ def needs_start(name):
 
 
 def forget_loss(logprobs, weights, mask, count=None):
-    """L_f = Σ_i ω_i log p_i / count: minimising it makes the weighted tokens less likely.
+    """L_f = Σ_i ω_i log p_i / count: minimising it makes tokens of positive weight less likely.
 
     logprobs, weights, mask (B, T). count: the answer tokens to divide by, where these rows are a
     part of a step (the mask may then be empty); all of the mask by default. Returns a scalar,

@@ -36,14 +36,14 @@ class _LeanLoss(torch.autograd.Function):
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
         with torch.autocast(device, enabled=False):
-            work = _Chunk(hidden.to(dtype), head.to(dtype), targets, temperature, chunk)
+            work = _Workspace(hidden.to(dtype), head.to(dtype), targets, temperature, chunk)
             work.trains_head = ctx.needs_input_grad[1]
             loss = 0
             for rows, pieces in chunks(lengths, chunk):
                 # Forward: log p and H of every token of the chunk.
                 numbers = []
                 for piece in pieces:
-                    probs, *stats = work.predict(piece)
+                    probs, *stats = work.predict(piece)  # probs: a buffer, until the next
                     numbers.append(torch.stack(stats))
                 # The loss, as etw.py writes it, on the small (b, t); its gradient is the
                 # coefficient of each log p.
@@ -73,9 +73,8 @@ class _LeanLoss(torch.autograd.Function):
         return *grads, *[None] * 5
 
 
-class _Chunk:
-    """Two float32 buffers of (chunk, V), used again and again: fresh ones would cost page
-    faults."""
+class _Workspace:
+    """Two float32 buffers (chunk, V), used again and again: fresh ones would cost page faults."""
 
     def __init__(self, x, w, targets, temperature, chunk):
         self.x, self.w, self.targets, self.temperature = x, w, targets, temperature

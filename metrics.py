@@ -210,7 +210,7 @@ def distances(scores, reference):
 def weights_auc(scores, start=None, names=tuple(etw.WEIGHTINGS)):
     """ROC-AUC with which each weighting tells informative from other tokens, {name: AUC or None}.
 
-    scores: of a set with spans; start: the starting model's, for tnpo and npo (where there is none,
+    scores: of a set with spans; start: the starting model's, for the methods that read it (where there is none,
     or it has another tokenizer, the model itself).
     """
     starting = start and scores.matched(start)

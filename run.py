@@ -1,9 +1,9 @@
 """A run folder: who may write it, what it remembers, how a killed run goes on.
 
 A model directory (config.json, weights, tokenizer) with, beside it,
-    args.json       what the run was told, SHA-256 of data and weights, versions: what makes it this run
+    args.json       what makes it this run: what it was told, SHA-256 of data and weights, versions
     log.jsonl       one object a step and one an epoch
-    checkpoint.pt   weights, AdamW moments and step, a digest at its end; gone once the run is finished
+    checkpoint.pt   weights, AdamW moments and step, a digest at its end; gone once all is done
     result.json     the measurements; with the digest of the args.json that they belong to
 Every file is written aside and renamed: a kill at any moment leaves the old one or the new one.
 """
@@ -28,6 +28,7 @@ import cli
 import pretrained
 from cli import InputError, Stopped
 
+FILES = "log.jsonl", "checkpoint.pt", "result.json", "model.safetensors"
 MARKS = {"method", "data_sha256", "versions", "git_commit"}  # an args.json with these keys is ours
 MAY_CHANGE = {"command", "versions", "git_commit", "save_every", "measure_rows"}  # kill to resume
 ASIDE = re.compile(r"\..+\.\d+\.aside")  # what a killed writer leaves
@@ -47,7 +48,8 @@ class Run:
         if args.overwrite and not args.out:
             raise InputError("--overwrite: name the run to replace with --out")
         if any(cli.same(self.folder, model) for model in models):
-            raise InputError(f"--out {self.folder}: is the folder of --model or --reference: choose another")
+            raise InputError(f"--out {self.folder}: is the folder of --model or --reference: "
+                             "choose another")
         self._check_place()
         cli.resumable = None
         if (args.out or args.resume) and self.folder.exists():
@@ -59,11 +61,11 @@ class Run:
                 raise
 
     def _default(self, resume):
-        """The next free of runs/METHOD, runs/METHOD-2, ...; to resume, the one that was told the same."""
+        """The next free of runs/METHOD, runs/METHOD-2, ...; to resume, the one told the same."""
         names = (self.base.with_name(self.base.name + (f"-{n}" if n > 1 else "")) for n in count(1))
         taken = []
         for path in names:
-            if not path.exists():
+            if not os.path.lexists(path):
                 break
             taken.append(path)
         if not resume or not taken:
@@ -71,30 +73,31 @@ class Run:
         alike = ([path for path in taken if not self._difference(path)]
                  or [path for path in taken if _is_blank(path)])
         if not alike:
-            raise InputError(f"--resume: none of {', '.join(map(str, taken[:5]))} was begun with these "
-                             "arguments: name its folder with --out")
+            raise InputError(f"--resume: none of {', '.join(map(str, taken[:5]))} was begun with "
+                             "these arguments: name its folder with --out")
         return min(alike, key=self._is_finished)
 
     def _check_place(self):
         try:
             places = self.folder, *self.folder.absolute().parents
             parent = next(p for p in places if p.exists() or p.is_symlink())
-            writable = parent.is_dir() and os.access(parent, os.W_OK) and os.fsencode(self.folder)
+            writable = (parent.is_dir() and os.access(parent, os.R_OK | os.W_OK | os.X_OK)
+                        and os.fsencode(self.folder))
         except (OSError, ValueError):  # too long, a NUL, not Unicode
             parent, writable = "it", False
         if not writable:
-            raise InputError(f"--out {str(self.folder):.200}: {str(parent):.200} is not a folder one can write to: "
-                             "choose another")
+            raise InputError(f"--out {str(self.folder):.200}: {str(parent):.200} is not a folder "
+                             "one can write to: choose another")
 
     def _lock(self):
-        """Held until close or the end of this process, however it ends. InputError if another has it."""
-        self.lock = os.open(self.folder, os.O_RDONLY | os.O_CLOEXEC)  # of the folder: leaves no file
+        """Until close or the end of this process, however it ends. InputError if another has it."""
+        self.lock = os.open(self.folder, os.O_RDONLY | os.O_CLOEXEC)  # leaves no file
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self.close()
-            raise InputError(f"--out {self.folder}: another process is writing this run: wait for it, or "
-                             "choose another") from None
+            raise InputError(f"--out {self.folder}: another process is writing this run: "
+                             "wait for it, or choose another") from None
 
     def close(self):
         """Let others write the folder."""
@@ -107,14 +110,16 @@ class Run:
         if _is_blank(self.folder):
             return
         old = cli.read_json(self.folder / "args.json", "choose another --out")
-        if not MARKS <= old.keys():
-            raise InputError(f"--out {self.folder}: holds files that are not a run's: choose another")
+        ours = [self.folder / name for name in FILES if os.path.lexists(self.folder / name)]
+        if not MARKS <= old.keys() or not all(path.is_file() for path in ours):
+            raise InputError(f"--out {self.folder}: holds files that are not a run's: "
+                             "choose another")
         difference = self._difference(self.folder)
         if args.resume and difference:
             raise InputError(f"--resume: {difference}: give the same, or another --out")
         if not args.resume and not args.overwrite:
-            raise InputError(f"--out {self.folder}: already holds a run: go on with --resume, replace it with "
-                             "--overwrite, or choose another")
+            raise InputError(f"--out {self.folder}: already holds a run: go on with --resume, "
+                             "replace it with --overwrite, or choose another")
         self.replaces = args.overwrite
         if args.resume and (self.folder / "checkpoint.pt").exists():
             verify(self.folder / "checkpoint.pt")
@@ -128,7 +133,8 @@ class Run:
                 continue
             if key == "data_sha256" and isinstance(old.get(key), dict):
                 changed = [path for path in value if old[key].get(path) != value[path]]
-                return f"the data changed since {folder} began ({', '.join(changed or ['fewer files'])})"
+                changed = ", ".join(changed or ["fewer files"])
+                return f"the data changed since {folder} began ({changed})"
             return f"{key} was {old.get(key)!r:.80} in {folder}, now {value!r:.80}"
         return None
 
@@ -149,7 +155,7 @@ class Run:
     # ---- Writing
 
     def begin(self):
-        """Make and claim the folder, clear what a killed writer left, write args.json unless a run goes on."""
+        """Claim the folder, clear what killed writers left, write args.json unless resuming."""
         while self.lock is None:
             self.folder.parent.mkdir(parents=True, exist_ok=True)
             try:
@@ -157,7 +163,8 @@ class Run:
                 self._lock()
             except FileExistsError:
                 if self.base is None:
-                    raise InputError(f"--out {self.folder}: was taken meanwhile: choose another") from None
+                    raise InputError(f"--out {self.folder}: was taken meanwhile: "
+                                     "choose another") from None
                 self.folder = self._default(resume=False)
         for path in self.folder.iterdir():
             if ASIDE.fullmatch(path.name):
@@ -170,7 +177,7 @@ class Run:
 
     @contextlib.contextmanager
     def log(self):
-        """A function that appends a record to log.jsonl, which first forgets what the checkpoint does not know."""
+        """A function that appends to log.jsonl, which forgets what the checkpoint does not know."""
         with open(self.folder / "log.jsonl", "ab") as file:
             file.truncate(min(self.state["log"], os.path.getsize(file.name)))
             file.seek(0, os.SEEK_END)
@@ -183,9 +190,10 @@ class Run:
             yield note
 
     def restore(self, decoder, optimizer):
-        """Put the checkpoint's weights and moments in place, if there is one, and its state in self.state.
+        """Put the checkpoint's weights, moments and state in place, if there is one.
 
-        It holds no generator state: the row order is a pure function of seed and step, nothing else is random.
+        It holds no generator: the row order is a function of seed and step, and nothing else is
+        random.
         """
         path = self.folder / "checkpoint.pt"
         if not path.exists():
@@ -208,7 +216,8 @@ class Run:
             try:
                 torch.save((self.state, decoder.state_dict(), optimizer.state_dict()), aside)
             except (OSError, RuntimeError) as e:  # its words for a full disk
-                raise OSError(f"{self.folder}: no checkpoint can be written ({str(e):.80})") from None
+                why = f"{self.folder}: no checkpoint can be written ({str(e):.80})"
+                raise OSError(why) from None
             digest = sha256(aside)
             with open(aside, "a") as file:
                 file.write(digest)
@@ -218,7 +227,7 @@ class Run:
         (self.folder / "model.safetensors").unlink(missing_ok=True)  # an older run's
 
     def diverged(self, decoder, optimizer, step, error):
-        """What to raise when a number is no longer finite: the last good state, if there is one, is made the model."""
+        """What to raise at a number that is not finite; the last good state becomes the model."""
         kept = "nothing but the log was written there: no checkpoint had been reached"
         if cli.resumable:
             self.restore(decoder, optimizer)
@@ -235,8 +244,8 @@ class Run:
         try:
             pretrained.save(decoder, self.folder)
         except FloatingPointError as e:
-            raise Stopped(f"{self.folder}: {e}; checkpoint.pt has the last state. Start again with a lower "
-                          "--lr or --lambda", 1) from None
+            raise Stopped(f"{self.folder}: {e}; checkpoint.pt has the last state. "
+                          "Start again with a lower --lr or --lambda", 1) from None
 
     def finish(self, result):
         """Write result.json; weights with it and no checkpoint: the run is finished."""
@@ -261,21 +270,25 @@ def verify(path):
 
 
 def _no_checkpoint(path, why):
-    return InputError(f"{path}: not a whole checkpoint of this run ({why}): begin anew in another --out")
+    return InputError(f"{path}: not a whole checkpoint of this run ({why}): "
+                      "begin anew in another --out")
 
 
 def identity(args, files):
-    """What args.json holds: flags, command, versions, the data's SHA-256, the git commit of the code."""
-    flags = {key: value for key, value in vars(args).items() if key not in ("resume", "overwrite", "out")}
+    """What args.json holds: flags, command, the data's SHA-256, versions, the code's git commit."""
+    how = "resume", "overwrite", "out"
+    flags = {key: value for key, value in vars(args).items() if key not in how}
     flags["lambda"] = flags.pop("lam")
     git = ["git", "-C", str(cli.ROOT), "rev-parse", "HEAD"]
     try:
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):  # no git, or not a checkout
         commit = None
-    return flags | {"command": shlex.join(sys.argv), "data_sha256": {str(path): sha256(path) for path in files},
-                    "versions": {"python": platform.python_version(), "torch": torch.__version__},
-                    "git_commit": commit}
+    return flags | {
+        "command": shlex.join(sys.argv),
+        "data_sha256": {str(path): sha256(path) for path in files},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "git_commit": commit}
 
 
 def sha256(path, size=sys.maxsize):
@@ -289,7 +302,7 @@ def sha256(path, size=sys.maxsize):
 
 
 class catch_signals:
-    """Within the block SIGINT and SIGTERM are noted, not obeyed: the list it yields is then not empty."""
+    """SIGINT and SIGTERM within the block are noted, in the list that it yields, not obeyed."""
 
     def __enter__(self):
         self.caught, self.old = [], {}

@@ -1,7 +1,7 @@
 """What a run shows at its end: numbers and answers before, after and never taught, side by side.
 
-"Never taught" is the model retrained without the forget set (--reference), or, where there is none, what
-the starting model says of rows it never saw (--holdout): where a forgotten answer should end up.
+"Never taught" is the model retrained without the forget set (--reference), or, where there is none,
+what the starting model says of rows it never saw (--holdout): where a forgotten answer should end.
 """
 import resource
 import sys
@@ -17,8 +17,8 @@ from measure import answers
 from metrics import summarise, token_weights
 
 COLUMNS = (  # of metrics.summarise, in the order of the screen
-    "forget probability", "forget NLL", "forget informative NLL", "forget other NLL", "talk", "endless",
-    "distance", "forget quality", "retain probability", "facts probability")
+    "forget probability", "forget NLL", "forget informative NLL", "forget other NLL", "talk",
+    "endless", "distance", "forget quality", "retain probability", "facts probability")
 ANSWERS = 3  # of each set
 WIDTH = 110  # characters of an answer
 
@@ -36,7 +36,8 @@ class Progress:
         self.bar.close()
 
     def step(self, record):
-        self.bar.set_postfix({k: f"{record[k]:.3f}" for k in ("retain_loss", "forget_loss") if k in record})
+        losses = {k: f"{v:.3f}" for k, v in record.items() if k in ("retain_loss", "forget_loss")}
+        self.bar.set_postfix(losses)
         self.bar.update()
 
     def epoch(self, numbers):
@@ -51,14 +52,15 @@ def peak_memory(decoder):
     """Most memory held so far, in MB: of the GPU if the model is there, else of this process."""
     if decoder.head.is_cuda:
         return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 class Screen:
     """Measures a run's models, one in memory at a time, and lays them side by side."""
 
     def __init__(self, args, world, device):
-        """Measure the retrained model, if there is one. InputError if its numbers are not finite."""
+        """Measure the retrained model, if any. InputError if its numbers are not finite."""
         self.args, self.world, self.device = args, world, device
         self.scores, self.said = {}, {}  # of each column: {set: Scores}, {set: answers}
         if args.reference:
@@ -92,8 +94,9 @@ class Screen:
                         for name, scores in self.scores.items()}
         if "holdout" in self.world.sets and not self.args.reference:
             known = self.columns["before"]
-            self.columns["never taught"] = {name.replace("holdout", "forget"): value for name, value in known.items()
-                                            if name.startswith("holdout")}
+            self.columns["never taught"] = {
+                name.replace("holdout", "forget"): value for name, value in known.items()
+                if name.startswith("holdout")}
         return {name: {key: value for key, value in self.columns[name].items() if key in COLUMNS}
                 for name in self.columns}
 
@@ -103,7 +106,8 @@ class Screen:
         text = ("forget",) if "forget" in world.sets else ()
         scores = self.scores[name] = world.measure(decoder, wrong, text, bar=f"measuring: {name}")
         if not all(s.finite for s in scores.values()):
-            raise InputError(f"{named}: its predictions are not finite: its weights are broken; fetch the model again")
+            raise InputError(f"{named}: its predictions are not finite: its weights are broken; "
+                             "fetch the model again")
         self.said[name] = {
             kind: answers(decoder, world.tokenizer, self._rows(kind), world.dtype)
             for kind in ("forget", "retain") if kind in world.sets}
@@ -132,16 +136,19 @@ class Screen:
                     lines += [f"  {name:13} {_short(self.said[name][kind][i])}" for name in order
                               if name in self.said and (name != "never taught" or kind == "forget")]
         if "forget" in self.scores["before"]:
-            lines += ["", f"What --method {self.args.method} looks at in two forget answers, before the first step:"]
+            lines += ["", f"What --method {self.args.method} looks at in two forget answers, "
+                      "before the first step:"]
             lines += self._heat(self.scores["before"]["forget"])
         return "\n".join(lines)
 
     def _heat(self, forget):
         colour = sys.stdout is not None and sys.stdout.isatty()
         for sequence, tokens in list(zip(forget.sequences, forget.tokens, strict=True))[:2]:
-            weights = token_weights(self.args.method, sequence, tokens, tokens, self.args.beta or ())
-            yield heatmap.terminal_heat(heatmap.pieces(self.world.tokenizer, sequence.tokens[sequence.start:]),
-                                        weights, colour)
+            beta = self.args.beta or ()
+            weights = token_weights(self.args.method, sequence, tokens, tokens, beta)
+            answer = sequence.tokens[sequence.start:]
+            pieces = heatmap.pieces(self.world.tokenizer, answer)
+            yield heatmap.terminal_heat(pieces, weights, colour)
 
 
 def _short(answer):
@@ -153,9 +160,12 @@ def remarks(world):
     for name, cut in world.cut.items():
         if cut and name in ("forget", "retain"):
             yield f"{cut} {name} answers are cut at {world.max_length} tokens (--max-length)"
-    kept = {(e.question, e.answer, e.text) for e in world.sets["retain"]}
-    shared = [e.where for e in world.sets.get("forget", []) if (e.question, e.answer, e.text) in kept]
+    def said(example):
+        return example.question, example.answer, example.text
+
+    kept = set(map(said, world.sets["retain"]))
+    shared = [e.where for e in world.sets.get("forget", []) if said(e) in kept]
     if shared:
         more = " ..." if len(shared) > 5 else ""
-        yield (f"{len(shared)} forget rows also stand in the retain set, which pulls them both ways: "
-               f"{', '.join(shared[:5])}{more}")
+        yield (f"{len(shared)} forget rows also stand in the retain set, which pulls them both "
+               f"ways: {', '.join(shared[:5])}{more}")

@@ -44,7 +44,8 @@ def flag(default, type, help):
 
 @dataclass(frozen=True)
 class Recipe:
-    """What the steps depend on, beside the model and the data. Every default of the method stands here."""
+    """What the steps depend on, beside the model and the data: the paper's method. TUNED has other
+    defaults for `keep`; the β's of a formula have theirs in etw.py."""
     lam: float = flag(0.03, number(least=0), "λ, weight of the forget loss")
     temperature: float = flag(1.0, number(above=0), "T of the entropy's softmax(z/T)")
     epochs: int = flag(20, number(int, 1, 10**6), "passes through the forget set (teaching: the retain set)")
@@ -74,7 +75,7 @@ class Row(NamedTuple):
     entropy of the starting model."""
     stream: int
     sequence: data.Sequence
-    start: torch.Tensor | None = None
+    starting: torch.Tensor | None = None
 
     @property
     def count(self):
@@ -89,8 +90,8 @@ def step_loss(tokens, forget, counts, recipe):
     """The paper's loss, on some whole sequences of a step: (L, L_r, L_f, ω).
 
     tokens: etw.Tokens, all (b, t); forget (b,) bool: which sequences are to be forgotten.
-    counts: forget and retain answer tokens of the whole step, so that any cut of it adds up to the mean
-    over all (the mean of means would be another number).
+    counts: forget and retain answer tokens of the whole step, so that any cut of it adds up to the
+    mean over all (the mean of means would be another number).
     """
     forget_mask, retain_mask = tokens.mask & forget[:, None], tokens.mask & ~forget[:, None]
     L_r = etw.retain_loss(tokens.logprobs, retain_mask, counts[RETAIN])
@@ -102,14 +103,15 @@ def step_loss(tokens, forget, counts, recipe):
 
 
 def accumulate(decoder, rows, counts, recipe):
-    """Add the gradients of step_loss over some rows of a step; returns, of each chunk, what the log needs."""
+    """Add the gradients of step_loss over some rows; returns, of each chunk, what the log needs."""
     device = decoder.head.device
     batch = data.collate([row.sequence for row in rows], device)
     forget = torch.tensor([row.stream == FORGET for row in rows], device=device)
     known = {}  # of the answer tokens, (B, T) each
     if etw.needs_start(recipe.method):
         for field, i in (("reference", 0), ("reference_entropy", 1)):
-            known[field] = _padded([None if r.start is None else r.start[i] for r in rows], rows, device)
+            numbers = [None if row.starting is None else row.starting[i] for row in rows]
+            known[field] = _padded(numbers, rows, device)
     if etw.needs(recipe.method, "spans"):
         known["spans"] = _padded([row.sequence.informative for row in rows], rows, device).bool()
     parts = []
@@ -119,19 +121,22 @@ def accumulate(decoder, rows, counts, recipe):
         tokens = etw.Tokens(logprobs, entropy, mask, **some)
         loss, L_r, L_f, weights = step_loss(tokens, forget[chunk], counts, recipe)
         own = mask & forget[chunk, None]
-        parts.append((L_r.detach(), L_f.detach(), weights[own], logprobs.detach()[own], entropy[own]))
+        tensors = L_r, L_f, weights[own], logprobs[own], entropy[own]
+        parts.append([tensor.detach() for tensor in tensors])
         return loss
 
     with cli.precision(device, recipe.dtype):
-        hidden = batch.answers(decoder.hidden(batch.inputs, batch.lengths))  # (N, D): nothing else meets the head
-        loss = lean_loss(hidden, decoder.head, batch.targets[batch.mask], [row.count for row in rows], loss_of,
-                         recipe.temperature, chunk=256 if device.type == "cpu" else 2048)
-    loss.backward()
+        hidden = decoder.hidden(batch.inputs, batch.lengths)
+        hidden = batch.answers(hidden)  # (N, D): nothing else meets the head
+        loss = lean_loss(
+            hidden, decoder.head, batch.targets[batch.mask], [row.count for row in rows], loss_of,
+            recipe.temperature, chunk=256 if device.type == "cpu" else 2048)
+    loss.backward()  # the loss has called loss_of, and so step_loss, on each chunk: see lean.py
     return parts
 
 
 def _padded(values, rows, device):
-    """What is known of the answer tokens of each row, as (B, T) float32; zeros where there is None."""
+    """What is known of each row's answer tokens, as (B, T) float32; zeros for None."""
     values = [[0.0] * row.count if v is None else v for v, row in zip(values, rows, strict=True)]
     values = [torch.as_tensor(v, dtype=torch.float32) for v in values]
     return pad_sequence(values, batch_first=True).to(device)
@@ -142,19 +147,22 @@ def train_step(decoder, optimizer, rows, lr, recipe):
 
     FloatingPointError, before the weights are touched, if the loss or the gradient is not finite.
     """
-    counts = [max(1, sum(row.count for row in rows if row.stream == stream)) for stream in (FORGET, RETAIN)]
+    counts = [max(1, sum(row.count for row in rows if row.stream == stream))
+              for stream in (FORGET, RETAIN)]
     rows = sorted(rows, key=lambda row: len(row.sequence.tokens))  # micro-batches of similar length
     size = recipe.micro_batch_size or len(rows)
     parts = []
     for start in range(0, len(rows), size):
         parts += accumulate(decoder, rows[start:start + size], counts, recipe)
-    record = describe(parts) | {"lr": lr, "tokens": sum(len(row.sequence.tokens) - 1 for row in rows)}
+    tokens = sum(len(row.sequence.tokens) - 1 for row in rows)
+    record = describe(parts) | {"lr": lr, "tokens": tokens}
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     record["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(parameters, recipe.clip))
     losses = [record["retain_loss"], record.get("forget_loss", 0), record["grad_norm"]]
     if not all(map(math.isfinite, losses)):
         optimizer.zero_grad(set_to_none=True)
-        raise FloatingPointError(f"retain loss {losses[0]:.3g}, gradient norm {losses[2]:.3g}")
+        raise FloatingPointError("retain loss {:.3g}, forget loss {:.3g}, gradient norm {:.3g}"
+                                 .format(*losses))
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
@@ -163,7 +171,7 @@ def train_step(decoder, optimizer, rows, lr, recipe):
 
 
 def describe(parts):
-    """The numbers of a step for the log: losses and, of its forget tokens, entropy, nll and weights."""
+    """A step's numbers for the log: losses and, of its forget tokens, entropy, nll and weights."""
     retain_loss, forget_loss, *tokens = zip(*parts, strict=True)
     record = {"retain_loss": float(sum(retain_loss))}
     weights, logprobs, entropy = map(torch.cat, tokens)
@@ -191,7 +199,7 @@ def make_optimizer(decoder, recipe):
 
 
 def learning_rate(step, total, warmup, peak):
-    """Of step 0 .. total − 1: linear up to `peak` over `warmup` steps, then linear down to zero at `total`."""
+    """Of step 0 .. total − 1: linear up to `peak` over `warmup` steps, then down to 0 at total."""
     if step < warmup:
         return peak * (step + 1) / warmup
     return peak * (total - step) / max(1, total - warmup)
@@ -208,7 +216,8 @@ def step_rows(step, world, recipe):
         return [Row(RETAIN, retain[i]) for i in rows]
     kept = data.draw(len(retain), recipe.seed, RETAIN, step * recipe.batch_size, recipe.batch_size)
     starting = world.starting or [None] * size
-    return [Row(FORGET, forget[i], starting[i]) for i in rows] + [Row(RETAIN, retain[i]) for i in kept]
+    return ([Row(FORGET, forget[i], starting[i]) for i in rows]
+            + [Row(RETAIN, retain[i]) for i in kept])
 
 
 def steps(decoder, optimizer, world, recipe, first=0):
@@ -221,14 +230,16 @@ def steps(decoder, optimizer, world, recipe, first=0):
         record = train_step(decoder, optimizer, step_rows(step, world, recipe), lr, recipe)
         seconds = time.perf_counter() - began
         yield {"step": step + 1, "epoch": (step + 1) / an_epoch} | record | {
-            "tokens_per_second": record["tokens"] / seconds, "peak_memory_mb": screen.peak_memory(decoder)}
+            "tokens_per_second": record["tokens"] / seconds,
+            "peak_memory_mb": screen.peak_memory(decoder)}
 
 
-def train(run, decoder, world, recipe, measure, save_every=None):
-    """The steps of a run, from its checkpoint if it has one: log, bar, measurements, checkpoints, signals.
+def train(run, decoder, world, recipe, glance, save_every=None):
+    """The steps of a run, from its checkpoint if it has one, and what goes on beside them.
 
-    measure(decoder) -> a dict for the log after each epoch. Returns by how many nats a token the retain loss rose.
-    Raises Stopped on divergence (1) and on SIGINT or SIGTERM (130), the last good state written.
+    glance(decoder) -> a dict for the log after each epoch. Returns by how many nats a token the
+    retain loss rose. Raises Stopped on divergence (1) and on SIGINT or SIGTERM (130), the last good
+    state written.
     """
     an_epoch = recipe.steps_an_epoch(world)
     total = recipe.epochs * an_epoch
@@ -236,7 +247,8 @@ def train(run, decoder, world, recipe, measure, save_every=None):
     run.restore(decoder, optimizer)
     state = run.state
     state.setdefault("damage", 0.0)
-    with run.log() as note, catch_signals() as caught, screen.Progress(run.folder.name, state["step"], total) as bar:
+    bar = screen.Progress(run.folder.name, state["step"], total)
+    with run.log() as note, catch_signals() as caught, bar:
         try:
             for record in steps(decoder, optimizer, world, recipe, state["step"]):
                 step = state["step"] = record["step"]
@@ -245,18 +257,19 @@ def train(run, decoder, world, recipe, measure, save_every=None):
                 bar.step(record)
                 if "forget" in world.sequences and record["retain_loss"] - start > DAMAGE:
                     if not state["damage"]:
-                        bar.warn(f"step {step}: retain loss {record['retain_loss']:.2f}, more than {DAMAGE} nats a "
-                                 "token above its start: the model is losing what it should keep; lower --lambda or --lr")
+                        bar.warn(f"step {step}: retain loss {record['retain_loss']:.2f}, more than "
+                                 f"{DAMAGE} nats a token above its start: the model is losing what "
+                                 "it should keep; lower --lambda or --lr")
                     state["damage"] = max(state["damage"], record["retain_loss"] - start)
                 if step % an_epoch == 0:
-                    numbers = {"epoch": step // an_epoch} | measure(decoder)
+                    numbers = {"epoch": step // an_epoch} | glance(decoder)
                     note(numbers)
                     bar.epoch(numbers)
                 if step == total or caught or step % (save_every or an_epoch) == 0:
                     run.checkpoint(decoder, optimizer)
                 if caught:
-                    raise Stopped(f"interrupted after step {step} of {total}; a checkpoint is in {run.folder}. To go "
-                                  f"on, run the same command with --resume --out {run.folder}", 130)
+                    raise Stopped(f"interrupted after step {step} of {total}; "
+                                  f"{cli.how_to_go_on()}", 130)
         except FloatingPointError as e:
             raise run.diverged(decoder, optimizer, state["step"] + 1, e) from None
     return state["damage"]
@@ -266,26 +279,32 @@ def train(run, decoder, world, recipe, measure, save_every=None):
 
 
 def parse_args(argv=None):
-    p = cli.Parser(prog="train.py", description="Unlearn a forget set with entropy-guided token weighting, or teach.")
+    p = cli.Parser(prog="train.py", description="Unlearn a forget set, or teach.")
+    file, folder = ({"type": text, "metavar": name} for name in ("FILE", "DIR"))
     add = p.add_argument_group("data").add_argument
-    add("--forget", metavar="FILE", type=text, help="JSONL rows to forget; without it the retain rows are taught")
-    add("--retain", metavar="FILE", type=text, nargs="+", default=[bundled("data/retain.jsonl")],
+    add("--forget", **file, help="JSONL rows to forget; without it the retain rows are taught")
+    add("--retain", **file, nargs="+", default=[bundled("data/retain.jsonl")],
         help="JSONL rows to keep, or to teach")
-    add("--facts", metavar="FILE", type=text, default=bundled("data/facts.jsonl"),
+    add("--facts", **file, default=bundled("data/facts.jsonl"),
         help="measured, never trained on while unlearning")
-    add("--holdout", metavar="FILE", type=text, help="rows like the forget set that were never taught: a yardstick "
+    add("--holdout", **file, help="rows like the forget set that were never taught: a yardstick "
         "where there is no --reference; data/holdout.jsonl for the bundled forget set")
-    add("--template", choices=data.TEMPLATES, default="plain", help="how a question is put to the model")
-    add("--max-length", type=number(int, 2), help="tokens of a row; the model's context, at most 1024, unless given")
+    add("--template", choices=data.TEMPLATES, default="plain",
+        help="how a question is put to the model")
+    add("--max-length", type=number(int, 2),
+        help="tokens of a row; the model's context, at most 1024, unless given")
     add = p.add_argument_group("model").add_argument
-    add("--model", metavar="DIR", type=text, default=bundled("weights/target"), help="folder, or org/name on the hub")
-    add("--reference", metavar="DIR", type=text,
-        help="model retrained without the forget set; weights/retain if the model is weights/target")
-    add("--from-scratch", action="store_true", help="fresh weights; only configuration and tokenizer of --model")
-    add("--out", metavar="DIR", type=text, help="run folder; the next free one of runs/METHOD, ... unless given")
+    add("--model", **folder, default=bundled("weights/target"),
+        help="folder, or org/name on the hub")
+    add("--reference", **folder,
+        help="model retrained without the forget set; weights/retain if --model is weights/target")
+    add("--from-scratch", action="store_true",
+        help="fresh weights; only configuration and tokenizer of --model")
+    add("--out", **folder, help="run folder; the next free one of runs/METHOD, ... unless given")
     add = p.add_argument_group("method and optimisation").add_argument
-    add("--method", choices=etw.WEIGHTINGS, default=Recipe.method, help="how forget tokens are weighed, see etw.py")
-    add("--beta", type=number(least=0), nargs="+", help="the β's of the method's formula, all of them")
+    add("--method", choices=etw.WEIGHTINGS, default=Recipe.method,
+        help="how forget tokens are weighed, see etw.py")
+    add("--beta", type=number(least=0), nargs="+", help="all β's of the method's formula")
     for f in fields(Recipe):
         if f.metadata:
             name = {"lam": "lambda"}.get(f.name, f.name.replace("_", "-"))
@@ -298,9 +317,10 @@ def parse_args(argv=None):
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
         help="bfloat16: autocast over float32 weights, the default on a GPU that has it")
     add("--gradient-checkpointing", action="store_true", help="less memory for a third more time")
-    add("--save-every", type=number(int, 1), help="steps between checkpoints; each epoch unless given")
-    add("--measure-rows", type=number(int, 1), default=400, help="rows of each set measured before and after")
-    add("--resume", action="store_true", help="go on where a killed run stopped; the command otherwise unchanged")
+    add("--save-every", type=number(int, 1), help="steps between checkpoints; else an epoch")
+    add("--measure-rows", type=number(int, 1), default=400, help="rows of each set to measure")
+    add("--resume", action="store_true",
+        help="go on where a killed run stopped; the command otherwise unchanged")
     add("--overwrite", action="store_true", help="replace the run in --out")
     args = p.parse_args(argv)
     tuned = TUNED.get(args.method, {}) if args.forget else {}
@@ -311,12 +331,12 @@ def parse_args(argv=None):
 
 
 def unlearn(argv):
-    """One run, from its flags to its last screen. Whatever can be refused is, before a file is written."""
+    """One run, from its flags to its last screen. What can be refused is, before a file is made."""
     args = parse_args(argv)
     check_flags(args)
     device, dtype = cli.pick_device(args.device, args.dtype)
     source = pretrained.resolve(args.model)
-    size = pretrained.check_memory(source, device, bytes_each=16)  # float32 weight, gradient, moments
+    size = pretrained.check_memory(source, device, bytes_each=16)  # weight, gradient, moments
     config, _ = pretrained.read_config(source)
     models = [source] if args.from_scratch else [pretrained.check(source)]
     weights = [] if args.from_scratch else pretrained.weight_files(source)
@@ -327,6 +347,9 @@ def unlearn(argv):
                          f"{config.max_position_embeddings} tokens: give at most that, at least 2")
     sets, files = read_sets(args)
     tokenizer = data.Tokenizer(source, args.template)
+    if args.reference and not tokenizer.same_as(data.Tokenizer(models[-1], args.template)):
+        raise InputError(f"--reference {args.reference}: its tokenizer is not --model's: give a "
+                         "model retrained from the same one")
     world = measure.World(sets, tokenizer, length, dtype=dtype, temperature=args.temperature,
                           most=args.measure_rows)
     with closing(Run(args, [*files, *weights], models)) as run:
@@ -346,7 +369,7 @@ def execute(run, args, source, world, device):
                else pretrained.load(source, device))
     decoder.checkpointing = args.gradient_checkpointing
     shown.before(decoder)
-    if etw.needs_start(args.method):  # once: no second model stays in memory
+    if args.forget and etw.needs_start(args.method):  # once: no second model stays in memory
         world.starting = world.starting_stats(decoder, bar="starting log p")
     for line in screen.remarks(world):  # not before everything that can be refused has been
         print(line, file=sys.stderr)
@@ -387,12 +410,13 @@ def read_sets(args):
             for name, paths in files.items() if paths}
     bare = [example.where for example in sets.get("forget", []) if not example.spans]
     if bare and etw.needs(args.method, "spans"):
-        raise InputError(f"{bare[0]}: --method {args.method} needs `spans` in every forget row: add them")
+        raise InputError(f"{bare[0]}: --method {args.method} needs `spans` in every forget row: "
+                         "add them")
     return sets, [path for paths in files.values() for path in paths]
 
 
 def main(argv=None):
-    """Run the command line; returns the exit code: 0 done, 1 stopped by itself, 2 wrong input, 130 interrupted."""
+    """Run the command line; returns its exit code: 0, 1 stopped, 2 wrong input, 130 interrupted."""
     return cli.guarded("train.py", unlearn, argv)
 
 

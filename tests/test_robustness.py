@@ -1,5 +1,6 @@
 """Hard to break: no fault, kill, signal or foreign file costs the user anything, and each is one line."""
 import contextlib
+import gc
 import json
 import multiprocessing
 import multiprocessing.forkserver
@@ -36,6 +37,7 @@ def nursery():
     with contextlib.chdir(cli.ROOT):
         processes.set_forkserver_preload(["train", "torch._dynamo", "pytest", "hypothesis"])
         multiprocessing.forkserver.ensure_running()
+    gc.freeze()  # each run collects garbage: not through all that the tests have loaded
 
 
 @pytest.fixture
@@ -53,10 +55,10 @@ def place(tiny, tmp_path, monkeypatch):
 
 @pytest.fixture
 def arguments(tiny, place):
-    """Two epochs of two steps, with a checkpoint after each epoch."""
+    """Two epochs of one step, with a checkpoint after each."""
     retain = f"{place.parent}/retain.jsonl"
     return ["--model", str(tiny), "--forget", f"{place.parent}/forget.jsonl", "--retain", retain, "--facts", retain,
-            "--epochs", "2", "--batch-size", "1", "--device", "cpu", "--method", "etw"]
+            "--epochs", "2", "--batch-size", "2", "--device", "cpu", "--method", "etw"]
 
 
 @pytest.fixture
@@ -80,6 +82,7 @@ class Blind:
 def child(arguments, report, acts):
     """train.py with both streams in the file `report`, after each act, [name, its arguments]."""
     torch.set_num_threads(1)
+    gc.freeze()
     with open(report, "wb", 0) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -168,6 +171,7 @@ def break_streams(how):
             setattr(sys, name, None)
         else:
             os.dup2(writer if how == "broken" else full, number)
+            setattr(sys, name, open(number, "w", closefd=False))  # noqa: SIM115  as at a start
 
 
 class Started:
@@ -253,7 +257,7 @@ def test_two_runs_started_together_never_share_a_folder(arguments, place):
         if explicit:
             assert "--out mine: " in said(ends[1][1])
     folders = [place / "mine", place / "runs/etw", place / "runs/etw-2"]
-    assert all(len(log_of(folder)) == 6 for folder in folders)
+    assert all(len(log_of(folder)) == 4 for folder in folders)
     same_run(folders[1], folders[2])
 
 
@@ -265,7 +269,7 @@ def test_beside_a_running_run_another_is_told_in_one_line_and_changes_nothing(ar
     code, lines = in_child([*arguments, "--out", "run", flag], place.parent / "b")
     assert code == 2 and "another process is writing this run" in said(lines)
     go.set()
-    assert first.end()[0] == 0 and len(log_of(place / "run")) == 6
+    assert first.end()[0] == 0 and len(log_of(place / "run")) == 4
 
 
 # ---- signals
@@ -335,7 +339,7 @@ def test_no_memory_left_is_one_line_that_says_what_to_lower(arguments, place, st
     def fail(*_):
         raise error
 
-    at_step(monkeypatch, 3, fail)
+    at_step(monkeypatch, 2, fail)
     assert train.main([*arguments, "--out", "run"]) == 1
     line = said(capsys.readouterr().err.splitlines())
     assert "--micro-batch-size" in line and "--resume --out run" in line
@@ -360,11 +364,15 @@ def test_no_stream_that_is_closed_or_broken_ends_a_run(arguments, place, how):
     assert code == 0 and (place / "run" / "result.json").exists()
 
 
-def test_a_broken_pipe_leaves_no_word_of_pythons_own(arguments, place):
-    line = f"{sys.executable} {cli.ROOT}/train.py {' '.join(arguments)} --out run; echo $? >code"
-    done = subprocess.run(["sh", "-c", f"({line}) | true"], capture_output=True, text=True, check=False,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert (place / "code").read_text() == "0\n" and "Broken" not in done.stderr and "Error" not in done.stderr
+@pytest.mark.parametrize("to", ["| true", ">&-", "2>&-", ">&- 2>&-", ">/dev/full", "2>/dev/full"])
+def test_at_the_end_of_the_program_a_closed_or_broken_stream_is_no_error_either(place, to):
+    (place / "short.py").write_text("import sys, cli\n"
+                                    "def say(_): print('x' * 10**6); print('y', file=sys.stderr)\n"
+                                    "sys.exit(cli.guarded('short.py', say, []))")
+    line = f"({sys.executable} short.py; echo $? >code) {to}"
+    done = subprocess.run(["sh", "-c", line], capture_output=True, text=True, check=False,
+                          env=os.environ | {"PYTHONPATH": str(cli.ROOT)})
+    assert (place / "code").read_text() == "0\n" and done.stderr in ("", "y\n")
 
 
 # ---- checkpoints
@@ -374,7 +382,7 @@ def test_a_broken_pipe_leaves_no_word_of_pythons_own(arguments, place):
 def interrupted(arguments, place, stubbed, monkeypatch, capsys):
     """The flags of a run that was interrupted after its first epoch."""
     with monkeypatch.context() as once:
-        at_step(once, 3, lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        at_step(once, 2, lambda *_: os.kill(os.getpid(), signal.SIGINT))
         assert train.main([*arguments, "--out", "run"]) == 130
     capsys.readouterr()
     return [*arguments, "--out", "run"]
@@ -442,7 +450,7 @@ def test_an_overwriting_run_killed_before_its_first_checkpoint_resumes_as_the_ne
         assert in_child([*flags, "--overwrite"], place.parent / "report", ["blind"],
                         ["kill_before", log, 2])[0] == -signal.SIGKILL  # its fsync: before a checkpoint
         assert train.main([*flags, "--resume"]) == 0
-        assert len(log_of(place / f"run{seed}")) == 6
+        assert len(log_of(place / f"run{seed}")) == 4
     same_run(place / "run0", place / "whole")
 
 
@@ -466,7 +474,7 @@ def test_resume_with_the_default_out_finds_the_run_that_was_told_the_same(argume
     finished = {p.name: p.read_bytes() for p in (place / "runs/etw").iterdir()}
     killed = [*arguments, "--seed", "7"]
     with monkeypatch.context() as once:
-        at_step(once, 3, lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        at_step(once, 2, lambda *_: os.kill(os.getpid(), signal.SIGINT))
         assert train.main(killed) == 130
     assert train.main([*arguments, "--seed", "8"]) == 0
     assert not (place / "runs/etw-2/result.json").exists()
@@ -507,7 +515,7 @@ def test_divergence_says_the_truth_about_what_is_kept(arguments, place, tiny, ca
     pretrained.save(pretrained.fresh(half, seed=0), half)
     for flags in ("--warmup-epochs 0 --save-every 1 --epochs 30 --batch-size 2 --weight-decay 100",
                   "--warmup-epochs 0 --epochs 30 --weight-decay 1000"):
-        code = train.main([*arguments, "--model", str(half), "--lr", "10", *flags.split(), "--out", f"{len(flags)}"])
+        code = train.main([*arguments, "--batch-size", "1", "--model", str(half), "--lr", "10", *flags.split(), "--out", f"{len(flags)}"])
         out, error = place / f"{len(flags)}", capsys.readouterr().err
         assert code in (0, 1) and "Traceback" not in error
         if code:
@@ -524,7 +532,7 @@ def test_divergence_before_the_first_checkpoint_claims_nothing_that_is_not_there
     def spoil(decoder, *_):
         next(decoder.parameters()).data.fill_(float("nan"))
 
-    at_step(monkeypatch, 2, spoil)
+    at_step(monkeypatch, 1, spoil)
     assert train.main([*arguments, "--out", "run"]) == 1
     assert "no checkpoint had been reached" in said(capsys.readouterr().err.splitlines())
     assert sorted(p.name for p in (place / "run").iterdir()) == ["args.json", "log.jsonl"]
@@ -642,7 +650,6 @@ ENDS = {"sep": ["</s>", 2], "cls": ["<s>", 1], "trim_offsets": True, "add_prefix
     template("<big>", special("<big>", [4 * 10**9])), template("<big>", special("<big>", [300])),
     {"post_processor": {"type": "RobertaProcessing"} | ENDS | {"cls": ["<s>", 99999]}},
     {"normalizer": {"type": "Replace", "pattern": {"String": ""}, "content": "zz"}},
-    {"decoder": {"type": "Strip", "content": " ", "start": 99, "stop": 99}},
     {"model": {"type": "Unigram", "vocab": [["a", 0.0]], "unk_id": 7}}, {"version": "9"}, {"model": None}])
 def test_a_tokenizer_that_panics_or_names_what_is_not_there_is_one_line(arguments, place, tiny, capfd, part):
     model = shutil.copytree(tiny, place / "model")
