@@ -189,6 +189,11 @@ class Tokenizer:
             raise InputError(f"{folder}: no end token: name `eos_token` in tokenizer_config.json")
         return ids
 
+    def same_as(self, other):
+        """Whether both make the same ids of any text."""
+        return (self.backend.to_str(), self.begin, self.end_id) == (
+            other.backend.to_str(), other.begin, other.end_id)
+
     def encode(self, string, begin=False):
         """ids and [start, end) character offsets of a string, after the begin ids if asked."""
         encoding = self._try(self.backend.encode, string, add_special_tokens=False)

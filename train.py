@@ -48,14 +48,17 @@ class Recipe:
     defaults for `keep`; the β's of a formula have theirs in etw.py."""
     lam: float = flag(0.03, number(least=0), "λ, weight of the forget loss")
     temperature: float = flag(1.0, number(above=0), "T of the entropy's softmax(z/T)")
-    epochs: int = flag(20, number(int, 1, 10**6), "passes through the forget set (teaching: the retain set)")
+    epochs: int = flag(20, number(int, 1, 10**6), "passes through the forget (or taught) set")
     batch_size: int = flag(16, number(int, 1, 2**16), "forget rows a step, and as many retain rows")
-    micro_batch_size: int = flag(None, number(int, 1), "rows of both kinds in memory at once; all unless given")
+    micro_batch_size: int = flag(None, number(int, 1),
+                                 "rows of both kinds in memory at once; all unless given")
     lr: float = flag(3e-4, number(above=0, most=10), "peak learning rate")
     weight_decay: float = flag(0.01, number(least=0, most=1e3), "AdamW's, on matrices only")
-    warmup_epochs: float = flag(1.0, number(least=0, most=1e6), "epochs of linear warm-up before the linear decay")
+    warmup_epochs: float = flag(1.0, number(least=0, most=1e6),
+                                "epochs of linear warm-up before the linear decay")
     clip: float = flag(1.0, number(above=0), "largest gradient norm")
-    layers: float = flag(1.0, number(above=0, most=1), "share of the layers to train, from the first; 1: all weights")
+    layers: float = flag(1.0, number(above=0, most=1),
+                         "share of the layers to train, from the first; 1: all weights")
     seed: int = flag(0, number(int, 0, 2**32 - 1), "of the row order and of fresh weights")
     method: str = "keep"
     beta: tuple = ()  # the formula's own defaults
@@ -63,10 +66,11 @@ class Recipe:
 
     def steps_an_epoch(self, world):
         """An epoch is a pass through the forget set, or, teaching, through the retain set."""
-        return math.ceil(len(world.sequences.get("forget") or world.sequences["retain"]) / self.batch_size)
+        rows = world.sequences.get("forget") or world.sequences["retain"]
+        return math.ceil(len(rows) / self.batch_size)
 
 
-# What the flags are where they are not given and the method is not the paper's (see results/README.md).
+# The defaults of flags where the method is not the paper's (see results/README.md).
 TUNED = {"keep": {"lam": 0.1, "lr": 1e-3, "epochs": 14, "layers": 0.5}}
 
 
