@@ -210,8 +210,8 @@ def distances(scores, reference):
 def weights_auc(scores, start=None, names=tuple(etw.WEIGHTINGS)):
     """ROC-AUC with which each weighting tells informative from other tokens, {name: AUC or None}.
 
-    scores: of a set with spans; start: the starting model's, for the methods that read it (where there is none,
-    or it has another tokenizer, the model itself).
+    scores: of a set with spans; start: the starting model's, for the methods that read it (where
+    there is none, or it has another tokenizer, the model itself).
     """
     starting = start and scores.matched(start)
     rows = zip(scores.sequences, scores.tokens, starting or scores.tokens, strict=True)

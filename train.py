@@ -3,9 +3,8 @@
     python train.py --forget data/forget.jsonl          unlearn: L = L_r + λ L_f, see etw.py
     python train.py --retain FILE ... --from-scratch    teach: L = L_r alone
 
-One step: --batch-size forget rows and as many retain rows go through the model in one forward pass;
-lean_loss turns the hidden states of their answer tokens into step_loss and its gradients; AdamW
-follows a linear warm-up and a linear decay.
+One step: --batch-size forget rows and as many retain rows go through the model; lean_loss turns the
+hidden states of their answer tokens into step_loss and its gradients; AdamW takes them.
 """
 import cli  # first, so that an interrupt is one line from here on: torch takes seconds to load
 
@@ -16,9 +15,8 @@ import gc
 import math
 import sys
 import time
-from argparse import SUPPRESS
 from contextlib import closing
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from typing import NamedTuple
 
 import torch
@@ -29,61 +27,24 @@ import etw
 import measure
 import pretrained
 import screen
-from cli import InputError, Stopped, bundled, number, text
+from cli import InputError, Stopped
 from lean import lean_loss
+from recipe import Recipe, check_flags, parse_args, read_sets
 from run import Run, catch_signals
 
 FORGET, RETAIN = 0, 1  # the two streams of rows
 DAMAGE = 0.5  # nats a token by which the retain loss may rise above its start before we say so
 
 
-def flag(default, type, help):
-    """A field of the Recipe and the flag of its name."""
-    return field(default=default, metadata={"type": type, "help": help})
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What the steps depend on, beside the model and the data: the paper's method. TUNED has other
-    defaults for `keep`; the β's of a formula have theirs in etw.py."""
-    lam: float = flag(0.03, number(least=0), "λ, weight of the forget loss")
-    temperature: float = flag(1.0, number(above=0), "T of the entropy's softmax(z/T)")
-    epochs: int = flag(20, number(int, 1, 10**6), "passes through the forget (or taught) set")
-    batch_size: int = flag(16, number(int, 1, 2**16), "forget rows a step, and as many retain rows")
-    micro_batch_size: int = flag(None, number(int, 1),
-                                 "rows of both kinds in memory at once; all unless given")
-    lr: float = flag(3e-4, number(above=0, most=10), "peak learning rate")
-    weight_decay: float = flag(0.01, number(least=0, most=1e3), "AdamW's, on matrices only")
-    warmup_epochs: float = flag(1.0, number(least=0, most=1e6),
-                                "epochs of linear warm-up before the linear decay")
-    clip: float = flag(1.0, number(above=0), "largest gradient norm")
-    layers: float = flag(1.0, number(above=0, most=1),
-                         "share of the layers to train, from the first; 1: all weights")
-    seed: int = flag(0, number(int, 0, 2**32 - 1), "of the row order and of fresh weights")
-    method: str = "keep"
-    beta: tuple = ()  # the formula's own defaults
-    dtype: torch.dtype = torch.float32
-
-    def steps_an_epoch(self, world):
-        """An epoch is a pass through the forget set, or, teaching, through the retain set."""
-        rows = world.sequences.get("forget") or world.sequences["retain"]
-        return math.ceil(len(rows) / self.batch_size)
-
-
-# The defaults of flags where the method is not the paper's (see results/README.md).
-TUNED = {"keep": {"lam": 0.1, "lr": 1e-3, "epochs": 14, "layers": 0.5}}
-
-
 class Row(NamedTuple):
-    """A row of a step: its stream, its tokens, and, for the methods that need it, (2, n) log p and
-    entropy of the starting model."""
+    """A row of a step; starting: (2, n) log p and entropy of the starting model, where needed."""
     stream: int
     sequence: data.Sequence
     starting: torch.Tensor | None = None
 
     @property
     def count(self):
-        """Answer tokens, the end token included."""
+        """Answer tokens, with the end token."""
         return len(self.sequence.tokens) - self.sequence.start
 
 
@@ -282,58 +243,6 @@ def train(run, decoder, world, recipe, glance, save_every=None):
 # ---- A run: check everything, measure, train, write, measure what was written, show it
 
 
-def parse_args(argv=None):
-    p = cli.Parser(prog="train.py", description="Unlearn a forget set, or teach.")
-    file, folder = ({"type": text, "metavar": name} for name in ("FILE", "DIR"))
-    add = p.add_argument_group("data").add_argument
-    add("--forget", **file, help="JSONL rows to forget; without it the retain rows are taught")
-    add("--retain", **file, nargs="+", default=[bundled("data/retain.jsonl")],
-        help="JSONL rows to keep, or to teach")
-    add("--facts", **file, default=bundled("data/facts.jsonl"),
-        help="measured, never trained on while unlearning")
-    add("--holdout", **file, help="rows like the forget set that were never taught: a yardstick "
-        "where there is no --reference; data/holdout.jsonl for the bundled forget set")
-    add("--template", choices=data.TEMPLATES, default="plain",
-        help="how a question is put to the model")
-    add("--max-length", type=number(int, 2),
-        help="tokens of a row; the model's context, at most 1024, unless given")
-    add = p.add_argument_group("model").add_argument
-    add("--model", **folder, default=bundled("weights/target"),
-        help="folder, or org/name on the hub")
-    add("--reference", **folder,
-        help="model retrained without the forget set; weights/retain if --model is weights/target")
-    add("--from-scratch", action="store_true",
-        help="fresh weights; only configuration and tokenizer of --model")
-    add("--out", **folder, help="run folder; the next free one of runs/METHOD, ... unless given")
-    add = p.add_argument_group("method and optimisation").add_argument
-    add("--method", choices=etw.WEIGHTINGS, default=Recipe.method,
-        help="how forget tokens are weighed, see etw.py")
-    add("--beta", type=number(least=0), nargs="+", help="all β's of the method's formula")
-    for f in fields(Recipe):
-        if f.metadata:
-            name = {"lam": "lambda"}.get(f.name, f.name.replace("_", "-"))
-            given = [f"{method}: {own[f.name]:g}" for method, own in TUNED.items() if f.name in own]
-            kind = {"type": f.metadata["type"], "default": SUPPRESS if given else f.default}
-            words = f" (default: {'; '.join([f'{f.default:g}', *given])})" if given else ""
-            add(f"--{name}", dest=f.name, help=f.metadata["help"] + words, **kind)
-    add = p.add_argument_group("machine and run").add_argument
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
-        help="bfloat16: autocast over float32 weights, the default on a GPU that has it")
-    add("--gradient-checkpointing", action="store_true", help="less memory for a third more time")
-    add("--save-every", type=number(int, 1), help="steps between checkpoints; else an epoch")
-    add("--measure-rows", type=number(int, 1), default=400, help="rows of each set to measure")
-    add("--resume", action="store_true",
-        help="go on where a killed run stopped; the command otherwise unchanged")
-    add("--overwrite", action="store_true", help="replace the run in --out")
-    args = p.parse_args(argv)
-    tuned = TUNED.get(args.method, {}) if args.forget else {}
-    for f in fields(Recipe):
-        if f.metadata and getattr(args, f.name, None) is None:
-            setattr(args, f.name, tuned.get(f.name, f.default))
-    return args
-
-
 def unlearn(argv):
     """One run, from its flags to its last screen. What can be refused is, before a file is made."""
     args = parse_args(argv)
@@ -385,38 +294,6 @@ def execute(run, args, source, world, device):
     run.finish(shown.after(run.folder))
     print(shown.text(damage))
     print(f"\nWritten to {run.folder}; ask it: python evaluate.py {run.folder} --ask 'QUESTION'")
-
-
-def check_flags(args):
-    """Refuse flags that contradict each other, and fill in what the bundled world implies."""
-    try:
-        etw.weigh(args.method, etw.ONE, *args.beta or ())
-    except ValueError as e:
-        raise InputError(f"--beta: {e}") from None
-    if args.resume and args.overwrite:
-        raise InputError("--resume and --overwrite: give one of them")
-    if args.reference and not args.forget:
-        raise InputError("--reference: forget quality needs --forget: add it or leave it out")
-    own = args.forget and not args.from_scratch
-    if own and not args.reference and cli.same(args.model, bundled("weights/target")):
-        args.reference = bundled("weights/retain")
-    bundled_rows = args.forget and cli.same(args.forget, bundled("data/forget.jsonl"))
-    if bundled_rows and not args.reference and not args.holdout:
-        args.holdout = bundled("data/holdout.jsonl")
-
-
-def read_sets(args):
-    """({"forget", "retain", "facts", "holdout": Examples}, the files they came from)."""
-    files = {"forget": [args.forget], "retain": args.retain, "facts": [args.facts],
-             "holdout": [args.holdout]}
-    files = {name: [path for path in paths if path] for name, paths in files.items()}
-    sets = {name: [row for path in paths for row in data.read_jsonl(path)]
-            for name, paths in files.items() if paths}
-    bare = [example.where for example in sets.get("forget", []) if not example.spans]
-    if bare and etw.needs(args.method, "spans"):
-        raise InputError(f"{bare[0]}: --method {args.method} needs `spans` in every forget row: "
-                         "add them")
-    return sets, [path for paths in files.values() for path in paths]
 
 
 def main(argv=None):
