@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import evaluate
+import measure
 import pretrained
 import train
 from cli import InputError
@@ -83,8 +84,9 @@ def published(tmp_path_factory):
 
 
 def test_a_published_model_is_unlearned_measured_asked_and_keeps_its_form(
-    published, tmp_path, capsys
+    published, tmp_path, capsys, monkeypatch
 ):
+    monkeypatch.setattr(measure, "MAX_NEW_TOKENS", 20)  # a random model never ends
     out, sets = (
         tmp_path / "run",
         ["--forget", f"{published}/forget.jsonl", "--retain", f"{published}/retain.jsonl"])
