@@ -44,7 +44,7 @@ class Run:
         self.base = None if args.out else Path("runs") / (args.method if args.forget else "teach")
         self.folder = Path(args.out) if args.out else self._default(args.resume)
         self.replaces = False  # an older run, whose weights stay until our first checkpoint
-        self.state = {"step": 0, "log": 0}
+        self.state = {"step": 0, "log": 0, "damage": 0.0}
         if args.overwrite and not args.out:
             raise InputError("--overwrite: name the run to replace with --out")
         if any(cli.same(self.folder, model) for model in models):

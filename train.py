@@ -86,13 +86,12 @@ def accumulate(decoder, rows, counts, recipe):
         tokens = etw.Tokens(logprobs, entropy, mask, **some)
         loss, L_r, L_f, weights = step_loss(tokens, forget[chunk], counts, recipe)
         own = mask & forget[chunk, None]
-        tensors = L_r, L_f, weights[own], logprobs[own], entropy[own]
-        parts.append([tensor.detach() for tensor in tensors])
+        numbers = L_r, L_f, weights[own], logprobs[own], entropy[own]
+        parts.append([x.detach() for x in numbers])
         return loss
 
     with cli.precision(device, recipe.dtype):
-        hidden = decoder.hidden(batch.inputs, batch.lengths)
-        hidden = batch.answers(hidden)  # (N, D): nothing else meets the head
+        hidden = batch.answers(decoder.hidden(batch.inputs, batch.lengths))  # (N, D)
         loss = lean_loss(
             hidden, decoder.head, batch.targets[batch.mask], [row.count for row in rows], loss_of,
             recipe.temperature, chunk=256 if device.type == "cpu" else 2048)
@@ -112,8 +111,7 @@ def train_step(decoder, optimizer, rows, lr, recipe):
 
     FloatingPointError, before the weights are touched, if the loss or the gradient is not finite.
     """
-    counts = [max(1, sum(row.count for row in rows if row.stream == stream))
-              for stream in (FORGET, RETAIN)]
+    counts = [max(1, sum(r.count for r in rows if r.stream == s)) for s in (FORGET, RETAIN)]
     rows = sorted(rows, key=lambda row: len(row.sequence.tokens))  # micro-batches of similar length
     size = recipe.micro_batch_size or len(rows)
     parts = []
@@ -203,15 +201,12 @@ def train(run, decoder, world, recipe, glance, save_every=None):
     """The steps of a run, from its checkpoint if it has one, and what goes on beside them.
 
     glance(decoder) -> a dict for the log after each epoch. Returns by how many nats a token the
-    retain loss rose. Raises Stopped on divergence (1) and on SIGINT or SIGTERM (130), the last good
-    state written.
+    retain loss rose. Stopped on divergence (1), on a signal (130): the last good state is kept.
     """
-    an_epoch = recipe.steps_an_epoch(world)
+    an_epoch, optimizer = recipe.steps_an_epoch(world), make_optimizer(decoder, recipe)
     total = recipe.epochs * an_epoch
-    optimizer = make_optimizer(decoder, recipe)
     run.restore(decoder, optimizer)
     state = run.state
-    state.setdefault("damage", 0.0)
     bar = screen.Progress(run.folder.name, state["step"], total)
     with run.log() as note, catch_signals() as caught, bar:
         try:
