@@ -34,7 +34,7 @@ class Recipe:
     layers: float = flag(1.0, number(above=0, most=1),
                          "share of the layers to train, from the first; 1: all weights")
     seed: int = flag(0, number(int, 0, 2**32 - 1), "of the row order and of fresh weights")
-    method: str = "keep"
+    method: str = "etw"
     beta: tuple = ()  # the formula's own defaults
     dtype: torch.dtype = torch.float32
 
@@ -72,7 +72,7 @@ def parse_args(argv=None):
         help="fresh weights; only configuration and tokenizer of --model")
     add("--out", **folder, help="run folder; the next free one of runs/METHOD, ... unless given")
     add = p.add_argument_group("method and optimisation").add_argument
-    add("--method", choices=etw.WEIGHTINGS, default=Recipe.method,
+    add("--method", choices=etw.WEIGHTINGS, default="keep",
         help="how forget tokens are weighed, see etw.py")
     add("--beta", type=number(least=0), nargs="+", help="all β's of the method's formula")
     for f in fields(Recipe):
