@@ -3,9 +3,7 @@
 A model forgets an answer by gradient ascent on its tokens. Ascent on every token alike ruins "was
 born in" together with the birthplace. ETW weighs each token by the entropy of the model's own
 prediction: where only one continuation is possible it is near zero, where the answer carries
-information it is high.
-
-The equations (arXiv 2604.17785), each beside the function that computes it:
+information it is high. The equations (arXiv 2604.17785), each beside the function that computes it:
 
     L   = L_r + λ L_f                                              train.step_loss
     L_r = − mean_i log p(y_i | x, y_<i)   over the retain set      retain_loss
@@ -13,7 +11,6 @@ The equations (arXiv 2604.17785), each beside the function that computes it:
     ω_i = n H_i / Σ_j H_j                                          etw_weights
     H_i = − Σ_v q_v log q_v,   q = softmax(z_i / T)                entropy_of
 
-    symbol   name          shape   what it is
     z        logits        (N, V)  hidden @ head.T, always in float32 before a softmax
     log p_i  logprobs      (B, T)  log-probability of the true token, ≤ 0, in nats
     H_i      entropy       (B, T)  of the predictive distribution, ≥ 0, in nats
@@ -35,11 +32,10 @@ from torch.utils.checkpoint import checkpoint
 
 
 def token_stats(hidden, head, targets, temperature=1.0):
-    """log p of each true token and entropy H of each prediction.
+    """log p of each true token and entropy H of each prediction, (N,) float32 in nats.
 
-    hidden (N, D), head (V, D), targets (N,) of valid ids, temperature T > 0 (else ValueError).
-    Returns logprobs (N,) float32, nats, with gradient to hidden and head (T does not touch it), and
-    entropy (N,) float32, nats, in [0, log V], of softmax(z / T), without gradient.
+    hidden (N, D), head (V, D), targets (N,) of valid ids; temperature T > 0, else ValueError.
+    log p has gradient to hidden and head and no T; H, in [0, log V], has T and no gradient.
     """
     return logit_stats(hidden @ head.T, targets, temperature)
 
@@ -51,19 +47,17 @@ def logit_stats(logits, targets, temperature=1.0):
     parts = []
     for piece in zip(logits.split(256), targets.split(256), strict=True):
         parts.append(checkpoint(_stats, *piece, temperature, use_reentrant=False))
-    logprobs, entropy = (torch.cat(part) for part in zip(*parts, strict=True))
-    return logprobs, entropy
+    return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
 
 def label_stats(logits, labels, temperature=1.0):
-    """The same from what other trainers have: logits (B, T, V) and labels (B, T), −100 where none.
+    """(logprobs, entropy, mask), (B, T − 1), from what other trainers have: shifted here, once.
 
-    Shifted here, once. Returns logprobs, entropy, mask, all (B, T − 1), zero outside the mask.
+    logits (B, T, V), labels (B, T) with −100 where there is none. Zero outside the mask.
     """
     targets, mask = labels[:, 1:], labels[:, 1:] != -100
     stats = logit_stats(logits[:, :-1][mask], targets[mask], temperature)
-    logprobs, entropy = (s.new_zeros(mask.shape).masked_scatter(mask, s) for s in stats)
-    return logprobs, entropy, mask
+    return *(s.new_zeros(mask.shape).masked_scatter(mask, s) for s in stats), mask
 
 
 def _stats(logits, targets, temperature):
@@ -157,10 +151,10 @@ def inside_spans(tokens):
 def keep_the_rest(tokens, margin=2.5, sharpness=4.0, keep=10.0):
     """ω 2σ(s (log p + m)) − k max(0, 1 − ω), ω = n H / Σ H at the start. Ours, not the paper's.
 
-    s sharpness, m margin in nats, k keep. The push is 2ω on a known token and fades once its
-    surprise passes m, so that nothing is driven on without end; light tokens (ω below k / (k + 2))
-    get a negative weight: they are trained to stay; and the starting model says which is which,
-    since the current one's entropy follows what is already broken.
+    The push is 2ω on a known token and fades once its surprise passes the margin m, in nats, so
+    that nothing is driven on without end; light tokens (ω below k / (k + 2)) weigh less than 0:
+    they are trained to stay; the starting model says which is which, as the current one's entropy
+    follows what is already broken.
     """
     weights = etw_weights(tokens.reference_entropy, tokens.mask)
     gate = 2 * torch.sigmoid(sharpness * (tokens.logprobs + margin))
@@ -195,8 +189,10 @@ ONE = Tokens(ZERO, ZERO, ZERO == 0, ZERO, ZERO == 0, ZERO)  # a single token tha
 
 
 def needs(name, field):
-    """Whether a formula reads a field: it is tried on one token whose field is None. So a formula
-    must work on a single token, and not test for None."""
+    """Whether a formula reads a field: it is tried on one token that lacks it.
+
+    So a formula must work on a single token, and not test for None.
+    """
     try:
         WEIGHTINGS[name](ONE._replace(**{field: None}))
     except (TypeError, AttributeError):
@@ -205,8 +201,7 @@ def needs(name, field):
 
 
 def needs_start(name):
-    """Whether a formula reads numbers of the starting model, which cost a pass over the forget
-    set."""
+    """Whether a formula reads numbers of the starting model: a pass over the forget set."""
     return needs(name, "reference") or needs(name, "reference_entropy")
 
 
@@ -222,14 +217,12 @@ def forget_loss(logprobs, weights, mask, count=None):
     """
     _check(mask, logprobs, weights, part=count is not None)
     weights = weights.detach()
-    # where ω is 0, log p may be −∞
-    terms = weights * torch.where(mask & (weights != 0), logprobs, 0)
+    terms = weights * torch.where(mask & (weights != 0), logprobs, 0)  # where ω = 0, maybe 0 · −∞
     return terms.sum() / (mask.sum() if count is None else count)
 
 
 def retain_loss(logprobs, mask, count=None):
-    """L_r = − Σ_i log p_i / count, in nats a token: plain cross-entropy. count as in
-    forget_loss."""
+    """L_r = − Σ_i log p_i / count, in nats a token: cross-entropy; count as in forget_loss."""
     _check(mask, logprobs, part=count is not None)
     return -torch.where(mask, logprobs, 0).sum() / (mask.sum() if count is None else count)
 

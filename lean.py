@@ -6,6 +6,8 @@ the entropies of its sequence are, so a chunk made of whole sequences can turn i
 gradients at once: none is kept for the backward pass and none is computed twice (but for a sequence
 longer than a chunk).
 """
+from functools import partial
+
 import torch
 
 from etw import entropy_of
@@ -14,55 +16,28 @@ from etw import entropy_of
 def lean_loss(hidden, head, targets, lengths, loss_of, temperature=1.0, chunk=256):
     """Σ over chunks of loss_of(rows, logprobs, entropy, mask), with gradient to hidden and head.
 
-    hidden (N, D) of the answer tokens, sequence after sequence; head (V, D); targets (N,);
-    lengths: a list, the answer tokens of each sequence; temperature as in etw.token_stats;
-    chunk in tokens.
+    hidden (N, D) of the answer tokens, sequence after sequence; head (V, D); targets (N,); lengths:
+    a list, the answer tokens of each sequence; temperature as in etw.token_stats; chunk in tokens.
     loss_of gets `rows`, the slice of sequences in the chunk, and (b, t), right-padded; it returns a
-    scalar that depends on logprobs alone (divide by the tokens of the whole step: the chunks add
-    up).
+    scalar that depends on logprobs alone (divide by the tokens of the whole step: chunks add up).
     Returns the scalar. ValueError if there is no answer token or the lengths do not add up to N.
     """
     if not 0 < len(hidden) == sum(lengths):
-        raise ValueError(f"{len(hidden)} hidden states "
-                         f"for sequences of {sum(lengths)} answer tokens")
+        raise ValueError(f"{len(hidden)} hidden states for {sum(lengths)} answer tokens")
     return _LeanLoss.apply(hidden, head, targets, lengths, loss_of, temperature, chunk)
 
 
 class _LeanLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, head, targets, lengths, loss_of, temperature, chunk):
-        device = hidden.device.type
-        dtype = hidden.dtype
+        device, dtype = hidden.device.type, hidden.dtype
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
         with torch.autocast(device, enabled=False):
             work = _Workspace(hidden.to(dtype), head.to(dtype), targets, temperature, chunk)
             work.trains_head = ctx.needs_input_grad[1]
-            loss = 0
-            for rows, pieces in chunks(lengths, chunk):
-                # Forward: log p and H of every token of the chunk.
-                numbers = []
-                for piece in pieces:
-                    probs, *stats = work.predict(piece)  # probs: a buffer, until the next
-                    numbers.append(torch.stack(stats))
-                # The loss, as etw.py writes it, on the small (b, t); its gradient is the
-                # coefficient of each log p.
-                mask = _mask(lengths[rows], hidden.device)
-                logprobs, entropy = (
-                    mask.new_zeros(mask.shape, dtype=torch.float32).masked_scatter(mask, s)
-                    for s in torch.cat(numbers, 1))
-                with torch.enable_grad():
-                    part = loss_of(rows, logprobs.requires_grad_(), entropy, mask)
-                coefficients = torch.autograd.grad(part, logprobs)[0][mask]
-                loss += part.detach()
-                # Backward: logits become gradients in place.
-                for piece, c in zip(
-                        pieces,
-                        coefficients.split([p.stop - p.start for p in pieces]),
-                        strict=True):
-                    if len(pieces) > 1:  # the buffers hold only the last piece
-                        probs = work.predict(piece)[0]
-                    work.push(piece, probs, c)
+            loss = sum(_one_chunk(work, pieces, lengths[rows], partial(loss_of, rows))
+                       for rows, pieces in chunks(lengths, chunk))
         grad_w = None if work.grad_w is None else work.grad_w.to(head.dtype)
         ctx.save_for_backward(work.grad_x.to(hidden.dtype), grad_w)
         return loss
@@ -71,6 +46,29 @@ class _LeanLoss(torch.autograd.Function):
     def backward(ctx, grad_loss):
         grads = [g if g is None or grad_loss == 1 else g * grad_loss for g in ctx.saved_tensors]
         return *grads, *[None] * 5
+
+
+def _one_chunk(work, pieces, lengths, loss_of):
+    """The loss of a chunk of whole sequences; its gradients are added to the workspace's."""
+    stats = []
+    for piece in pieces:
+        probs, *numbers = work.predict(piece)  # probs lies in a buffer, until the next
+        stats.append(torch.stack(numbers))
+    stats = torch.cat(stats, 1)  # (2, n): log p and H
+
+    # The loss as etw.py writes it, on the small (b, t). Its gradient is each log p's coefficient.
+    places = torch.arange(max(lengths), device=stats.device)
+    mask = places < torch.tensor(lengths, device=stats.device)[:, None]  # (b, t)
+    logprobs, entropy = (stats.new_zeros(mask.shape).masked_scatter(mask, s) for s in stats)
+    with torch.enable_grad():
+        loss = loss_of(logprobs.requires_grad_(), entropy, mask)
+    coefficients = torch.autograd.grad(loss, logprobs)[0][mask]  # (n,)
+
+    # Logits become gradients in place; of several pieces the buffers hold only the last.
+    parts = coefficients.split([piece.stop - piece.start for piece in pieces])
+    for piece, c in zip(pieces, parts, strict=True):
+        work.push(piece, probs if len(pieces) == 1 else work.predict(piece)[0], c)
+    return loss.detach()
 
 
 class _Workspace:
@@ -110,23 +108,14 @@ class _Workspace:
             self.grad_w += grad_z.T @ self.x[piece]
 
 
-def _mask(lengths, device):
-    """(b, t) bool: the first lengths[i] places of row i."""
-    places = torch.arange(max(lengths), device=device)
-    return places < torch.tensor(lengths, device=device)[:, None]
-
-
 def chunks(lengths, chunk):
-    """Consecutive whole sequences of at most `chunk` tokens together:
-    (slice of rows, [slice of tokens]).
-
-    A sequence longer than that stands alone, in several pieces.
-    """
+    """Yields consecutive whole sequences of at most `chunk` tokens: a slice of rows, and a list of
+    slices of tokens: one, but for a sequence longer than a chunk, which stands alone in several."""
     first, start, size = 0, 0, 0
     for row, length in enumerate([*lengths, chunk + 1]):  # the last entry only flushes
         if row > first and size + length > chunk:
             stop = start + size
-            yield (slice(first, row),
-                   [slice(a, min(a + chunk, stop)) for a in range(start, stop, chunk)])
+            pieces = [slice(a, min(a + chunk, stop)) for a in range(start, stop, chunk)]
+            yield slice(first, row), pieces
             first, start, size = row, stop, 0
         size += length

@@ -72,12 +72,8 @@ class Rows:
         return x.unflatten(0, (self.B, self.T))
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(nn.RMSNorm):
     """x / rms(x) * weight, the mean square in float32."""
-
-    def __init__(self, dim, eps):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
 
     def forward(self, x):
         return self.weight * F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)
@@ -86,8 +82,8 @@ class RMSNorm(nn.Module):
 def rotate(x, cos, sin):
     """Turn each pair (i, i + E/2) of x (N, heads, E) by an angle that grows with the position.
 
-    This is Hugging Face's order; Meta's own files pair neighbours. cos and sin (N, 1, E), the first
-    half of sin negated, are float32, and so is the result.
+    Hugging Face's order; Meta's own files pair neighbours. cos, sin (N, 1, E), the first half of
+    sin negated, and the result are float32.
     """
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1).to(sin.dtype), sin)
 
@@ -98,7 +94,7 @@ class Attention(nn.Module):
         D, E, bias = config.hidden_size, config.head_dim, config.qkv_bias
         H, K, self.scale = config.num_attention_heads, config.num_key_value_heads, scale
         self.heads = -1, E
-        norm = partial(RMSNorm, E, config.norm_eps) if config.qk_norm else nn.Identity
+        norm = partial(RMSNorm, E, eps=config.norm_eps) if config.qk_norm else nn.Identity
         self.q_proj = nn.Linear(D, H * E, bias=bias)
         self.k_proj = nn.Linear(D, K * E, bias=bias)
         self.v_proj = nn.Linear(D, K * E, bias=bias)
@@ -186,10 +182,8 @@ class Decoder(nn.Module):
         return F.linear(self.hidden(tokens), self.head)
 
     def hidden(self, tokens, lengths=None):
-        """After the final norm: tokens (B, T) int64 -> (B, T, D). InputError as in forward.
-
-        With lengths (B,) of rows padded on the right -> (sum of lengths, D), valid ones in a row.
-        """
+        """After the final norm: tokens (B, T) int64 -> (B, T, D), or packed, given the lengths (B,)
+        of rows padded on the right -> (sum of lengths, D). InputError as in forward."""
         (B, T), context = tokens.shape, self.config.max_position_embeddings
         if T > context:
             raise InputError(f"a row of {T} tokens exceeds the context of {context}: shorten it")

@@ -3,15 +3,17 @@
     python results/compare.py sweep                  eight λ and two learning rates for every method
     python results/compare.py repeat --seeds 1 2 3   each method's chosen setting with other seeds
     python results/compare.py tables
+    python results/compare.py details                utility by its parts, AUCs, answers
     python results/compare.py grid --lr 3e-4         every run at one learning rate
     python results/compare.py plot                   results/ends.svg: where each method ends up
 
-All read and write results/sweep.jsonl (seed 0) and results/seeds.jsonl. The first two lines are
-the target and the retrained model, each other one a run after its last epoch (with --every N, also
-after every N epochs). A run's lines are written when it ends and finished runs are skipped, so what
-was killed goes on. The mean weight at the start differs by orders of magnitude between methods (imp
-.0005, wga 1), so the grid is laid over s = λ · mean ω at the start, with the same span for each
-(a negative ω, which keeps a token, counts as 0: s is the strength of the push).
+All read and write results/sweep.jsonl (seed 0) and results/seeds.jsonl. The first lines are the
+target, the retrained model and with --untaught a third, each other one a run after its last epoch
+(with --every N, also after every N epochs). A run's lines are written when it ends and finished
+runs are skipped, so what was killed goes on. The mean weight at the start differs by orders of
+magnitude between methods (imp .0005, wga 1), so the grid is laid over s = λ · mean ω at the start,
+with the same span for each (a negative ω, which keeps a token, counts as 0: s is the strength of
+the push).
 
 The rule of choice, written down before any run. Of a method's runs with seed 0 that forgot (facts
 at least half as surprising as to the retrained model: `forget informative NLL`), or of all where
@@ -46,7 +48,10 @@ import train
 STRENGTHS = (1e-4, 1e-3, 1e-2, 10**-1.5, 1e-1, 10**-0.5, 1.0, 10**0.5)  # λ · mean ω at the start
 RATES = (3e-4, 1e-3)
 MAX_LENGTH = 512  # tokens of a row
+SAID = 10  # of so many forget answers one is kept as text
 SETTING = "method", "strength", "lr", "epochs", "layers"  # what is chosen, beside the epoch
+PARTS = "probability", "rouge", "truth_ratio"  # of a utility set
+YARDSTICKS = "target", "retrained", "untaught"
 COLUMNS = {  # of a table: what metrics.summarise calls it, its heading
     "-log10 FQ": "−log10 FQ", "utility lost": "points lost",
     "forget informative NLL": "informative", "forget other NLL": "other",
@@ -73,20 +78,30 @@ class Experiment:
             self.taught.starting = self.taught.starting_stats(target)
 
         self.retrained, self.target = pretrained.load(args.reference, self.device), None
-        self.reference = self.measured.measure(self.retrained)
-        scores = self.measured.measure(target)
+        self.reference = self.measured.measure(self.retrained, bar="retrained")
+        scores = self.measured.measure(target, bar="target")
+        self.start = scores["forget"]
         self.target = self.summary(scores)
-        self.mean_weights = {method: mean_weight(method, scores["forget"]) for method in methods}
+        self.mean_weights = {method: mean_weight(method, self.start) for method in methods}
 
     def summary(self, scores):
-        """The measurements of a model, {column: number}, ready for a line of the file."""
-        scores["forget"].talk = self.measured.talk(self.retrained, scores["forget"])
-        return cli.plain(metrics.summarise(scores, self.target, self.reference))
+        """The measurements of a model, ready for a line of the file: columns of metrics.summarise,
+        the AUC of each weighting on its forget answers, the first of these answers."""
+        forget = scores["forget"]
+        forget.talk = self.measured.talk(self.retrained, forget)
+        columns = metrics.summarise(scores, self.target, self.reference)
+        aucs = metrics.weights_auc(forget, self.start)
+        return cli.plain(columns | {"AUC": aucs, "said": forget.answer[::SAID]})
 
     def yardsticks(self):
         """The first lines of a file: what all runs start from, and where they should end."""
-        return [{"method": "target"} | self.target,
-                {"method": "retrained"} | self.summary(self.reference)]
+        lines = [{"method": "target"} | self.target,
+                 {"method": "retrained"} | self.summary(self.reference)]
+        if self.args.untaught and self.args.task == "sweep":
+            decoder = pretrained.load(self.args.untaught, self.device)
+            scores = self.measured.measure(decoder, bar="untaught")
+            lines.append({"method": "untaught"} | self.summary(scores))
+        return lines
 
     def run(self, recipe):
         """Unlearn; yields (epoch, measurements). FloatingPointError if a number is not finite."""
@@ -98,7 +113,7 @@ class Experiment:
             epoch, inside = divmod(record["step"], an_epoch)
             last = epoch == recipe.epochs
             if not inside and (last or (self.args.every and epoch % self.args.every == 0)):
-                scores = self.measured.measure(decoder)
+                scores = self.measured.measure(decoder, bar=recipe.method)
                 if not all(own.finite for own in scores.values()):
                     raise FloatingPointError("the predictions")
                 yield epoch, self.summary(scores)
@@ -200,8 +215,7 @@ def read(path, over=()):
 
 
 def utility(record, names):
-    parts = ("probability", "rouge", "truth_ratio")
-    values = [record[f"{name} {part}"] for name in names for part in parts]
+    values = [record[f"{name} {part}"] for name in names for part in PARTS]
     return float(metrics.model_utility(values))
 
 
@@ -249,7 +263,9 @@ def tables(args):
     sweep, seeds = read(args.sweep, args.over), read(args.repeats, args.over)
     heading = row("method", "λ, lr, epoch", *COLUMNS.values()) + "\n" + "|---" * 9 + "|"
     print(heading)
-    for record in sweep[:2]:
+    for record in sweep:
+        if record["method"] not in YARDSTICKS:
+            break
         print(row(record["method"], "–", *(show(record.get(key)) for key in COLUMNS)))
     picks = {method: chosen(sweep, method) for method in args.methods}
     picks = {method: pick for method, pick in picks.items() if pick}
@@ -260,6 +276,30 @@ def tables(args):
         own = others(seeds, pick)
         cells = [spread([r.get(key) for r in own]) for key in COLUMNS]
         print(row(method, setting_of(pick), *cells))
+
+
+def details(args):
+    """Of the chosen settings and the yardsticks: the numbers that make up the utility, the AUC of
+    each weighting, what is answered."""
+    sweep = read(args.sweep, args.over)
+    models = [r for r in sweep if r["method"] in YARDSTICKS]
+    models += [pick for method in args.methods if (pick := chosen(sweep, method))]
+    sets = dict.fromkeys(k.removesuffix(" rouge") for k in models[0] if k.endswith(" rouge"))
+    parts = [f"{name} {part}" for name in sets for part in PARTS if name != "forget"]
+    print(row("method", *parts, "model utility") + "\n" + "|---" * (len(parts) + 2) + "|")
+    for model in models:
+        print(row(model["method"], *(show(model.get(key)) for key in (*parts, "model utility"))))
+    models = [model for model in models if "AUC" in model]  # older files lack it
+    if not models:
+        return
+    print("\n" + row("AUC of", *etw.WEIGHTINGS) + "\n" + "|---" * (len(etw.WEIGHTINGS) + 1) + "|")
+    for model in models:
+        print(row(f"on {model['method']}", *(show(model["AUC"][name]) for name in etw.WEIGHTINGS)))
+    questions = [example.question for example in data.read_jsonl(args.forget)][::SAID]
+    for i, question in enumerate(questions):
+        print(f"\n{question}")
+        for model in models:
+            print(f"    {model['method']:10} {cli.printable(model['said'][i])[:150]}")
 
 
 def grid(args):
@@ -299,7 +339,8 @@ def parse_args(argv):
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
-    add("task", choices=("sweep", "repeat", "tables", "grid", "plot"))
+    add("task", choices=("sweep", "repeat", "tables", "details", "grid",
+                              "plot"))
     add("--sweep", metavar="FILE", default="results/sweep.jsonl")
     add("--repeats", metavar="FILE", default="results/seeds.jsonl")
     add("--plot", metavar="FILE", default="results/ends.svg")
@@ -318,6 +359,7 @@ def parse_args(argv):
     add("--device", default="auto")
     add("--model", default="weights/target")
     add("--reference", default="weights/retain", help="the retrained model")
+    add("--untaught", help="the model before it was taught, measured as a third yardstick")
     add("--template", choices=data.TEMPLATES, default="plain")
     add("--forget", default="data/forget.jsonl")
     add("--retain", default="data/retain.jsonl")
@@ -344,7 +386,7 @@ def main(argv=None):
         wanted = [(*(pick[key] for key in SETTING), seed) for seed in args.seeds for pick in picks]
         do_runs(args, wanted, args.repeats)
     else:
-        {"tables": tables, "grid": grid, "plot": plot}[args.task](args)
+        {"tables": tables, "details": details, "grid": grid, "plot": plot}[args.task](args)
 
 
 if __name__ == "__main__":

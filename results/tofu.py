@@ -1,15 +1,20 @@
-"""A small world out of TOFU's files: a tokenizer, a configuration, rows of few authors, labels.
+"""A small world out of TOFU's files: rows of few authors, labels, a configuration, a tokenizer.
 
-    python results/tofu.py TOFU_DIR runs/tofu
+    python results/tofu.py TOFU_DIR OUT
+    python results/tofu.py TOFU_DIR OUT --forget forget05 --rows 6 4
 
-reads forget10.jsonl and retain90.jsonl (github.com/locuslab/tofu) and writes runs/tofu/start,
-runs/tofu/retain.jsonl (60 authors of 20 rows, in TOFU's order) and runs/tofu/forget.jsonl: forget10
-with `spans`, which TOFU does not have. results/README.md has the commands that teach, retrain and
-unlearn from there.
+reads forget10, retain90 and retain_perturbed.jsonl (github.com/locuslab/tofu) and writes to OUT
+    forget.jsonl           the forget set with `spans`, which TOFU does not have
+    retain.jsonl           the first 60 authors of retain90
+    retain_measured.jsonl  those of its rows that retain_perturbed has with wrong answers
+    holdout.jsonl          the rows of forget10 that are not to be forgotten: nobody is taught them
+    start                  configuration and tokenizer of a small model to teach from scratch
+Of each author all 20 rows, or with --rows so many of a forget and of a retain author: the shortest
+(half the tokens a row), in TOFU's order. results/README.md has the commands that go on from there.
 """
+import argparse
 import json
 import re
-import sys
 from pathlib import Path
 
 import tokenizers
@@ -34,17 +39,19 @@ def informative(row, most=1):
             if m[0].lower() in words[0] and sum(m[0].lower() in w for w in words[1:]) <= most]
 
 
-def main(source, out, authors=60):
-    source, start = Path(source), Path(out) / "start"
+def shortest(rows, count):
+    """Of each 20 rows, an author, the `count` with the shortest question and answer, in order."""
+    kept = []
+    for first in range(0, len(rows), 20):
+        author = range(first, first + 20)
+        short = sorted(author, key=lambda i: len(rows[i]["question"] + rows[i]["answer"]))[:count]
+        kept += [rows[i] for i in sorted(short)]
+    return kept
+
+
+def write_start(start, texts):
+    """A model directory without weights; its tokenizer is made from these texts."""
     start.mkdir(parents=True, exist_ok=True)
-    names = "forget10", "retain90"
-    rows = [(source / f"{name}.jsonl").read_text("utf-8").splitlines() for name in names]
-    (Path(out) / "retain.jsonl").write_text("\n".join(rows[1][:20 * authors]) + "\n", "utf-8")
-    labelled = [row | {"spans": informative(row)} for row in map(json.loads, rows[0])]
-    lines = "".join(json.dumps(row) + "\n" for row in labelled)
-    (Path(out) / "forget.jsonl").write_text(lines, "utf-8")
-    everything = [json.loads(line) for lines in rows for line in lines]
-    texts = [f"{row['question']} {row['answer']}" for row in everything]
     library = tokenizers.Tokenizer(tokenizers.models.BPE())
     library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     library.decoder = tokenizers.decoders.ByteLevel()
@@ -56,5 +63,39 @@ def main(source, out, authors=60):
     (start / "tokenizer_config.json").write_text(json.dumps(SETTINGS) + "\n")
 
 
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("source", type=Path, metavar="TOFU_DIR")
+    p.add_argument("out", type=Path, metavar="OUT")
+    p.add_argument("--forget", choices=("forget01", "forget05", "forget10"), default="forget10")
+    p.add_argument("--authors", type=int, default=60, help="to retain")
+    p.add_argument("--rows", type=int, nargs=2, default=(20, 20), metavar=("FORGET", "RETAIN"))
+    args = p.parse_args(argv)
+
+    def read(name):
+        lines = (args.source / f"{name}.jsonl").read_text("utf-8").splitlines()
+        return [json.loads(line) for line in lines]
+
+    def write(name, rows):
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (args.out / f"{name}.jsonl").write_text(lines, "utf-8")
+
+    everything = read("forget10"), read("retain90")
+    write_start(args.out / "start", [f"{row['question']} {row['answer']}"
+                                     for rows in everything for row in rows])
+    forget = read(args.forget)
+    others = everything[0][:-len(forget)]  # forget05 and forget01 are the last of forget10
+    retain = shortest(everything[1][:20 * args.authors], args.rows[1])
+    asked = {row["question"] for row in retain}
+    for name, rows in (("forget", forget), ("holdout", others)):
+        rows = shortest(rows, args.rows[0])
+        if rows:
+            write(name, [row | {"spans": informative(row)} for row in rows])
+    write("retain", retain)
+    measured = [row for row in read("retain_perturbed") if row["question"] in asked]
+    write("retain_measured", measured)
+
+
 if __name__ == "__main__":
-    main(*sys.argv[1:3])
+    main()
