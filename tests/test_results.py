@@ -142,6 +142,9 @@ def test_a_comparison_goes_on_where_it_was_killed_and_ends_in_tables_and_a_pictu
     assert [line.split()[1] for line in printed if line.startswith("| ")] == [
         "method", "target", "retrained", "etw", "npo", "spans", "method", "etw", "npo", "spans",
         "method", "etw", "npo", "spans"]
+    compare.main(["details", *few])
+    printed = capsys.readouterr().out
+    assert "| on spans | " in printed and "\nWhere was Ada born?\n    target " in printed
     compare.main(["plot", *few])
     ElementTree.parse(tmp_path / "plot")
 
@@ -175,6 +178,33 @@ def test_a_word_of_a_tofu_answer_is_informative_where_only_the_wrong_answers_dro
            "paraphrased_answer": "Tarnow is where Ada was born.",
            "perturbed_answer": [f"{city} is where Ada was born." for city in cities]}
     assert [row["answer"][a:b] for a, b in tofu.informative(row)] == ["Tarnow"]
+
+
+def test_a_small_tofu_world_takes_each_authors_shortest_rows_and_keeps_the_sets_apart(tmp_path):
+    wrong = {"paraphrased_answer": "p", "perturbed_answer": ["w"] * 5}
+
+    def rows(name, authors):
+        return [{"question": f"{name} {author} {i}?", "answer": "x" * (i * 7 % 20 + 1)}
+                for author in range(authors) for i in range(20)]
+
+    retain, forget10 = rows("kept", 3), [row | wrong for row in rows("gone", 20)]
+    for name, content in (("retain90", retain), ("forget10", forget10),
+                          ("forget05", forget10[200:]),
+                          ("retain_perturbed", [row | wrong for row in retain[::2]])):
+        write(tmp_path / f"{name}.jsonl", content)
+    options = ["--forget", "forget05", "--authors", "2", "--rows", "3", "4"]
+    tofu.main([str(tmp_path), str(tmp_path / "out"), *options])
+    made = {path.stem: [json.loads(line) for line in path.read_text().splitlines()]
+            for path in (tmp_path / "out").glob("*.jsonl")}
+    assert {name: len(content) for name, content in made.items()} == {
+        "forget": 30, "holdout": 30, "retain": 8, "retain_measured": 4}
+    lengths = [len(row["answer"]) for row in made["retain"]]
+    assert sorted(lengths) == [1, 1, 2, 2, 3, 3, 4, 4]
+    assert made["retain"] == [row for row in retain if row in made["retain"]]  # in TOFU's order
+    questions = {name: {row["question"] for row in content} for name, content in made.items()}
+    assert not questions["forget"] & questions["holdout"]
+    assert questions["retain_measured"] < questions["retain"]
+    assert (tmp_path / "out/start/tokenizer.json").exists()
 
 
 def test_another_file_than_the_one_whose_checksum_is_known_is_refused(capsys):
