@@ -46,29 +46,25 @@ class Config(NamedTuple):
 
 
 class Rows:
-    """Where N packed tokens stand in B rows of T places; lengths (B,) of them count, None: all."""
+    """Where N packed tokens stand in B rows of T places, of which lengths (B,) are filled."""
 
-    def __init__(self, B, T, lengths, device):
-        place = torch.arange(B * T, device=device)
-        self.B, self.T, self.place = B, T, None
-        if lengths is not None:
-            self.place = place = place[place % T < lengths.to(device).repeat_interleave(T)]  # (N,)
-        self.row, self.position = place // T, place % T  # (N,), (N,)
+    def __init__(self, T, lengths):
+        self.B, self.T = len(lengths), T
+        place = torch.arange(self.B * T, device=lengths.device)
+        self.place = place[place % T < lengths.repeat_interleave(T)]  # (N,)
+        self.row, self.position = self.place // T, self.place % T  # (N,), (N,)
         self.groups, end = [(slice(None), self)], 0  # (slice of the N tokens, its rows)
-        if lengths is not None and device.type == "cpu" and B > GROUP:
+        if lengths.device.type == "cpu" and self.B > GROUP and T > 1:
             self.groups = []  # a GPU would rather have one large batch
             for part in lengths.split(GROUP):
                 start, end = end, end + int(part.sum())
-                rows = Rows(len(part), int(part.max()), part, device)
-                self.groups.append((slice(start, end), rows))
+                self.groups.append((slice(start, end), Rows(int(part.max()), part)))
 
     def pack(self, x):  # (B, T, ...) -> (N, ...)
-        x = x.flatten(0, 1)
-        return x if self.place is None else x[self.place]
+        return x.flatten(0, 1)[self.place]
 
     def pad(self, x):  # (N, ...) -> (B, T, ...)
-        if self.place is not None:
-            x = x.new_zeros(self.B * self.T, *x.shape[1:]).index_copy(0, self.place, x)
+        x = x.new_zeros(self.B * self.T, *x.shape[1:]).index_copy(0, self.place, x)
         return x.unflatten(0, (self.B, self.T))
 
 
@@ -114,7 +110,7 @@ class Attention(nn.Module):
             if rows.T == 1:  # one new token a row, after its prompt
                 return self.o_proj(self.look_back(q, cache, rows.position).flatten(1))
         y = [self.attend(q[part], k[part], v[part], group) for part, group in rows.groups]
-        return self.o_proj(torch.cat(y) if len(y) > 1 else y[0])  # (N, H * E) -> (N, D)
+        return self.o_proj(torch.cat(y))  # (N, H * E) -> (N, D)
 
     def attend(self, q, k, v, rows):
         """Tokens to their row up to themselves: q (N, H, E), k and v (N, K, E) -> (N, H * E)."""
@@ -187,7 +183,7 @@ class Decoder(nn.Module):
         (B, T), context = tokens.shape, self.config.max_position_embeddings
         if T > context:
             raise InputError(f"a row of {T} tokens exceeds the context of {context}: shorten it")
-        rows = Rows(B, T, lengths, tokens.device)
+        rows = Rows(T, tokens.new_full((B,), T) if lengths is None else lengths.to(tokens.device))
         x = self.trunk(rows.pack(tokens), rows)  # (N, D)
         return x.unflatten(0, (B, T)) if lengths is None else x
 
@@ -222,13 +218,13 @@ def generate(decoder, prompts, max_new_tokens, eos_id):
     if min(sizes) < 1 or max(sizes) >= context:
         raise InputError(f"prompts of {min(sizes)} to {max(sizes)} tokens: use 1 to {context - 1}")
     lengths, T = torch.tensor(sizes, device=device), max(sizes)
-    tokens = torch.tensor([[*p, *[0] * (T - len(p))] for p in prompts], device=device)  # (B, T)
+    tokens = torch.tensor([token for prompt in prompts for token in prompt], device=device)  # (N,)
     # Keys and values lie at their token's position: rows of any lengths share the caches.
     places, heads = min(context, T + max_new_tokens), decoder.config.num_key_value_heads
     shape = len(decoder.layers), len(prompts), places, 2, heads, decoder.config.head_dim
     caches = torch.zeros(shape, dtype=decoder.head.dtype, device=device)
-    rows, alive = Rows(*tokens.shape, lengths, device), list(range(len(prompts)))
-    x = decoder.trunk(rows.pack(tokens), rows, caches)[lengths.cumsum(0) - 1]  # (N, D) -> (B, D)
+    rows, alive = Rows(T, lengths), list(range(len(prompts)))
+    x = decoder.trunk(tokens, rows, caches)[lengths.cumsum(0) - 1]  # (N, D) -> (B, D)
     for made in range(1, max_new_tokens + 1):
         tokens = F.linear(x, decoder.head).argmax(-1)  # (B,)
         for row, token in zip(alive, tokens.tolist(), strict=True):
@@ -241,7 +237,7 @@ def generate(decoder, prompts, max_new_tokens, eos_id):
             kept = torch.tensor(going, device=device)
             tokens, lengths, caches = tokens[kept], lengths[kept], caches[:, kept]
             alive = [row for row, goes in zip(alive, going, strict=True) if goes]
-        rows = Rows(len(alive), 1, None, device)
+        rows = Rows(1, torch.ones_like(lengths))
         rows.position, lengths = lengths, lengths + 1
         used = made + max(sizes[row] for row in alive)
         x = decoder.trunk(tokens, rows, caches[:, :, :used])

@@ -24,7 +24,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 COMPANIONS = """generation_config.json tokenizer.json tokenizer_config.json tokenizer.model
     special_tokens_map.json added_tokens.json vocab.json merges.txt chat_template.jinja
     chat_template.json""".split()
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # safetensors' names
+DTYPES = "F32", "F16", "BF16"  # safetensors' names
 CONSTANTS = r"(.*\.)?(attn\.(masked_)?bias|rotary_emb\.inv_freq)"  # stored in old files, not needed
 GELU_TANH = partial(F.gelu, approximate="tanh")
 ACTIVATIONS = {"silu": F.silu, "swish": F.silu, "relu": F.relu, "gelu": F.gelu,
