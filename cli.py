@@ -123,21 +123,21 @@ def read_json(path, advice="copy the model's own file again"):
     return value
 
 
-def check_output(flag, path, inputs, ours):
+def check_output(flag, path, inputs, head):
     """Refuse a file that a flag is to write, if it is the user's: nothing of theirs is overwritten.
 
-    inputs: what this command reads; ours(bytes) -> whether a file is what this flag writes.
+    inputs: what this command reads; head: a pattern of how the files begin that this flag writes.
     """
-    path = Path(path)
+    path, another = Path(path), "name another file"
     folder = path.absolute().parent
     if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise InputError(f"{flag} {path}: cannot be written there: name another file")
+        raise InputError(f"{flag} {path}: cannot be written there: {another}")
     if any(same(path, other) for other in inputs if other):
-        raise InputError(f"{flag} {path}: this command reads it: name another file")
+        raise InputError(f"{flag} {path}: this command reads it: {another}")
     if any((folder / name).exists() for name in ("config.json", "args.json")):
         raise InputError(f"{flag} {path}: is in the folder of a model or run: name another place")
-    if os.path.lexists(path) and not ours(read_bytes(path, "name another file")):
-        raise InputError(f"{flag} {path}: exists and is not what {flag} writes: name another file")
+    if os.path.lexists(path) and not re.match(head.encode(), read_bytes(path, another)):
+        raise InputError(f"{flag} {path}: exists and is not what {flag} writes: {another}")
 
 
 def write_aside(path, write):

@@ -189,10 +189,10 @@ class Tokenizer:
             raise InputError(f"{folder}: no end token: name `eos_token` in tokenizer_config.json")
         return ids
 
-    def same_as(self, other):
-        """Whether both make the same ids of any text."""
-        return (self.backend.to_str(), self.begin, self.end_id) == (
-            other.backend.to_str(), other.begin, other.end_id)
+    @property
+    def key(self):
+        """Equal for two that make the same ids of any text."""
+        return self.backend.to_str(), tuple(self.begin), self.end_id
 
     def encode(self, string, begin=False):
         """ids and [start, end) character offsets of a string, after the begin ids if asked."""

@@ -2,17 +2,16 @@
 
     python evaluate.py runs/etw [MORE ...] [--reference weights/retain] [--json FILE] [--heatmap]
 
-metrics.py defines the columns, measure.py reads the numbers off a model, heatmap.py draws what a
-weighting looks at; here are the tables and the command line.
+metrics.py defines the columns, measure.py reads the numbers off a model, screen.py draws tables and
+what a weighting looks at; here are the models that are compared and the command line.
 """
 import cli
 
 if __name__ == "__main__":
     cli.on_interrupt("evaluate.py")  # before torch, which takes seconds to import
 
-import json
-import math
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -20,58 +19,13 @@ import numpy as np
 import torch
 
 import data
-import heatmap
+import metrics
 import pretrained
+import screen
 from cli import InputError, bundled
-from measure import Scores, World, answer_tokens, answers  # noqa: F401
-from metrics import (  # noqa: F401  for whoever measures with this module
-    average,
-    distances,
-    forget_quality,
-    model_utility,
-    rouge_l_recall,
-    summarise,
-    truth_ratio,
-    weights_auc,
-)
-
-# ---- Tables
-
-SHORT = {"probability": "prob", "truth_ratio": "TR", "memorised": "EM", "extraction": "ES",
-         "rouge": "ROUGE", "informative NLL": "informative", "other NLL": "other"}
-INSIDE = "talk", "endless", "distance"  # the second table, with all NLL
-
-
-def show(value, digits=3):
-    """A number for a table: – where there is none, exponents only where needed."""
-    if value is None or math.isnan(value):
-        return "–"
-    return f"{value:.1e}" if 0 < abs(value) < 10 ** -digits else f"{value:.{digits}f}"
-
-
-def tables(rows):
-    """Text tables of {row name: {column: number or None}}: the benchmarks', inside the answers."""
-    names = list(dict.fromkeys(column for row in rows.values() for column in row))
-    inner = [name for name in names if name.endswith(" NLL") or name.split()[0] in INSIDE]
-    blocks = [name for name in names if name not in inner], inner
-    return "\n\n".join(table(rows, block) for block in blocks if block)
-
-
-def table(rows, names):
-    """A text table of some columns; those that share their first word stand under it."""
-    columns, group = [["", "", *map(cli.printable, rows)]], None
-    for name in names:
-        top, _, bottom = name.partition(" ") if " " in name else ("", "", name)
-        cells = [show(row.get(name)) for row in rows.values()]
-        columns.append(["" if top == group else top, SHORT.get(bottom, bottom), *cells])
-        group = top
-    widths = [max(map(len, column)) for column in columns]
-    lines = []
-    for first, *cells in zip(*columns, strict=True):
-        cells = [f"{cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True)]
-        lines.append("  ".join([f"{first:<{widths[0]}}", *cells]))
-    return "\n".join(lines)
-
+from measure import Scores, World, answer_tokens, answers  # noqa: F401  for other programs, too
+from metrics import average, forget_quality, model_utility, rouge_l_recall, truth_ratio  # noqa: F401
+from screen import show, tables
 
 # ---- The command line
 
@@ -126,16 +80,15 @@ def run(argv):
     worlds = make_worlds(models, sets, options, args.template, dtype)
     scores = measure_models(args, models, worlds, device)
     reference = scores.get(args.reference)
-    before = summarise(scores[args.target], None, reference)
-    summaries = {path: summarise(own, before, reference) for path, own in scores.items()}
+    before = metrics.summarise(scores[args.target], None, reference)
+    summaries = {path: metrics.summarise(own, before, reference) for path, own in scores.items()}
     start = scores[args.target]["forget"]
-    aucs = {path: weights_auc(own["forget"], start) for path, own in scores.items()}
+    aucs = {path: metrics.weights_auc(own["forget"], start) for path, own in scores.items()}
     print(tables(summaries))
     if args.json:
-        rows = {path: per_row(own, reference) for path, own in scores.items()}
         cli.write_json(args.json, {
-            path: {"measurements": summaries[path], "weights AUC": aucs[path], "rows": rows[path]}
-            for path in scores})
+            path: {"measurements": summaries[path], "weights AUC": aucs[path],
+                   "rows": per_row(own, reference)} for path, own in scores.items()})
     if args.heatmap:
         first = args.models[0]
         draw(args.heatmap, first, scores[first]["forget"], worlds[first].tokenizer, aucs[first])
@@ -197,19 +150,11 @@ def find_models(args):
 
 def check_outputs(args, inputs):
     """Refuse --json and --heatmap over files that are not theirs."""
-    def measurements(content):
-        try:
-            value = json.loads(content)
-        except (ValueError, RecursionError):
-            return False
-        return (isinstance(value, dict) and bool(value)
-                and all(isinstance(v, dict) and "measurements" in v for v in value.values()))
-
     if args.json:
-        cli.check_output("--json", args.json, inputs, ours=measurements)
+        cli.check_output("--json", args.json, inputs, r'{\n ".*": {\n  "measurements": {')
     if args.heatmap:
         cli.check_output("--heatmap", args.heatmap, [*inputs, args.json],
-                         ours=lambda content: content.startswith(heatmap.SVG_HEAD.encode()))
+                         re.escape(screen.SVG_HEAD))
 
 
 def make_worlds(models, sets, options, template, dtype):
@@ -219,10 +164,10 @@ def make_worlds(models, sets, options, template, dtype):
     for path, folder in models.items():
         tokenizer = data.Tokenizer(folder, template)
         context = pretrained.read_config(folder)[0].max_position_embeddings
-        key = tokenizer.backend.to_str(), tuple(tokenizer.begin), tokenizer.end_id, context
+        key = tokenizer.key, context
         if key not in shared:
-            shared[key] = World(sets, tokenizer, context, options=options, dtype=dtype)
-            if cut := sum(shared[key].cut.values()) + shared[key].cut_others:
+            shared[key] = world = World(sets, tokenizer, context, options=options, dtype=dtype)
+            if cut := sum(world.cut.values()) + world.cut_others:
                 warn(f"{path}: {cut} answers are longer than its context and were cut")
         worlds[path] = shared[key]
     return worlds
@@ -270,7 +215,7 @@ def per_row(scores, reference):
               for name, own in scores.items()}
     forget = scores["forget"]
     result["forget"]["talk"] = [None if t is None else -t.mean() for t in forget.talk]
-    gaps = distances(forget, reference["forget"]) if reference else None
+    gaps = metrics.distances(forget, reference["forget"]) if reference else None
     if gaps:
         result["forget"]["distance"] = [np.concatenate([gaps[k] for k in places]).mean()
                                         for places in forget.places]
@@ -279,11 +224,11 @@ def per_row(scores, reference):
 
 def draw(file, path, scores, tokenizer, aucs):
     """The heat map of a model's forget answers, and as text what its entropy knows."""
-    cli.write_text(file, heatmap.svg_heat(heatmap.heat_blocks(scores, tokenizer)))
+    cli.write_text(file, screen.svg_heat(screen.heat_blocks(scores, tokenizer)))
     known = "  ".join(f"{name} {show(auc)}" for name, auc in aucs.items())
     print(f"\n{cli.printable(path)}, forget set\n"
             f"Weights against the labelled spans, ROC-AUC: {known}")
-    for text in (heatmap.entropy_report(scores), heatmap.confidence_pairs(scores, tokenizer)):
+    for text in (screen.entropy_report(scores), screen.confidence_pairs(scores, tokenizer)):
         if text:
             print(f"\n{text}")
     print(f"\nToken weights drawn in {cli.printable(file)}")

@@ -12,16 +12,9 @@ from tqdm import tqdm
 
 import data
 import etw
+import metrics
 import model
 from cli import precision
-from metrics import (
-    extraction_strength,
-    min_k,
-    probability,
-    rouge_l_recall,
-    token_means,
-    truth_ratio,
-)
 
 MAX_NEW_TOKENS = 200  # of a greedy answer
 
@@ -88,20 +81,18 @@ def greedy(decoder, prompts, end_id, dtype=torch.float32, bar=None, size=64):
 
 
 def answers(decoder, tokenizer, examples, dtype=torch.float32):
-    """The greedy answer to each Example's question, as text; None for a `text` row."""
-    asked = [i for i, e in enumerate(examples) if e.text is None]
-    prompts = [data.prompt_ids(examples[i], tokenizer) for i in asked]
-    texts = [None] * len(examples)
-    for i, ids in zip(asked, greedy(decoder, prompts, tokenizer.end_id, dtype), strict=True):
-        texts[i] = tokenizer.decode(ids).strip()
-    return texts
+    """The greedy answer to each Example's question, as text; `text` rows have none."""
+    prompts = [data.prompt_ids(example, tokenizer) for example in examples]
+    said = greedy(decoder, prompts, tokenizer.end_id, dtype)
+    return [tokenizer.decode(ids).strip() for ids in said]
 
 
 class Scores:
     """One set under one model: lists with an entry a row, None where the row does not allow it.
 
     sequences, tokens: the answers, several of a `text` row, and for each what answer_tokens gives.
-    said: ids of the greedy answer; talk: their log p under a yardstick model, set by the caller.
+    prompts, said: ids before the answer and of the greedy one; talk: the log p of `said` under a
+    yardstick model, set by the caller.
     """
 
     ROWS = """nll informative_nll other_nll probability correct_nll wrong_nll truth_ratio memorised
@@ -111,18 +102,21 @@ class Scores:
         self.sequences, self.tokens = sequences, tokens
         by_row = groupby(range(len(sequences)), key=lambda k: sequences[k].row)
         self.places = [list(places) for _, places in by_row]  # of each row's sequences
+        firsts = [sequences[places[0]] for places in self.places]
+        self.prompts = [s.tokens[:s.start] for s in firsts]
         for name in (*self.ROWS, "said", "talk"):
             setattr(self, name, [None] * len(self.places))
         for i, places in enumerate(self.places):
             whole = np.concatenate([tokens[k] for k in places], axis=1)
             content = whole[:, :-1] if sequences[places[-1]].ended else whole  # no end token
-            parts = token_means([sequences[k] for k in places], [-tokens[k][0] for k in places])
+            own, nll = [sequences[k] for k in places], [-tokens[k][0] for k in places]
+            parts = metrics.token_means(own, nll)
             self.nll[i], self.informative_nll[i], self.other_nll[i] = parts
-            self.probability[i] = probability(self.nll[i])
+            self.probability[i] = metrics.probability(self.nll[i])
             if content.size:
                 self.memorised[i] = content[2].mean()
-                self.extraction[i] = extraction_strength(content[2])
-                self.min_k[i] = min_k(content[0])
+                self.extraction[i] = metrics.extraction_strength(content[2])
+                self.min_k[i] = metrics.min_k(content[0])
 
     @property
     def finite(self):
@@ -133,9 +127,9 @@ class Scores:
         """Row i beside its paraphrase, or None, and k wrong answers; options: p is among these."""
         correct = self.nll[i] if paraphrased_nll is None else paraphrased_nll
         self.correct_nll[i], self.wrong_nll[i] = correct, np.mean(wrong_nll)
-        self.truth_ratio[i] = truth_ratio(correct, wrong_nll)
+        self.truth_ratio[i] = metrics.truth_ratio(correct, wrong_nll)
         if options:
-            self.probability[i] = probability(self.nll[i], wrong_nll)
+            self.probability[i] = metrics.probability(self.nll[i], wrong_nll)
 
     def matched(self, other):
         """`tokens` of another model for the same Sequences; None if it lacks one of them."""
@@ -158,9 +152,7 @@ class World:
                  temperature=1.0, most=None):
         self.sets, self.tokenizer, self.max_length = sets, tokenizer, max_length
         self.options, self.dtype, self.temperature = options, dtype, temperature
-        # Yardsticks, set by the caller: log p and entropy of each forget Sequence under the
-        # starting model, and {name: Scores} of the retrained one.
-        self.starting, self.reference = None, None
+        self.starting = None  # starting_stats, set by whoever trains with a method that reads them
         self.sequences, self.cut = {}, {}  # answers of all rows; how many of them did not fit
         self.cut_others = 0  # paraphrases and wrong answers that did not
         self.rows = {name: thin(range(len(examples)), most) for name, examples in sets.items()}
@@ -169,12 +161,12 @@ class World:
         for name, examples in sets.items():
             self.sequences[name], self.cut[name] = data.encode(examples, tokenizer, max_length)
             for row in self.rows[name]:
-                if examples[row].perturbed_answer and name != "holdout":
-                    texts = [examples[row].paraphrased_answer, *examples[row].perturbed_answer]
+                example = examples[row]
+                if example.perturbed_answer and name != "holdout":
+                    texts = [example.paraphrased_answer, *example.perturbed_answer]
                     texts = [text for text in texts if text is not None]
-                    repeated = [examples[row]] * len(texts)
-                    encoded, cut = data.encode(repeated, tokenizer, max_length, texts)
-                    self.others[name, row] = encoded
+                    same = [example] * len(texts)
+                    self.others[name, row], cut = data.encode(same, tokenizer, max_length, texts)
                     self.cut_others += cut
 
     def score(self, decoder, name, wrong=True, text=True, most=None, bar=None):
@@ -205,15 +197,15 @@ class World:
                 scores.compare(i, own[0] if len(own) > k else None, own[-k:], name in self.options)
 
     def _ask(self, decoder, name, rows, scores, bar):
-        asked = [i for i, row in enumerate(rows) if self.sets[name][row].text is None]
-        prompts = {s.row: s.tokens[:s.start] for s in scores.sequences}
-        context = decoder.config.max_position_embeddings
-        questions = [prompts[rows[i]] for i in asked]
+        examples = [self.sets[name][row] for row in rows]
+        asked = [i for i, example in enumerate(examples) if example.text is None]
+        prompts, context = scores.prompts, decoder.config.max_position_embeddings
+        questions = [prompts[i] for i in asked]
         said = greedy(decoder, questions, self.tokenizer.end_id, self.dtype, bar)
         for i, ids in zip(asked, said, strict=True):
             scores.said[i], scores.answer[i] = ids, self.tokenizer.decode(ids).strip()
-            scores.rouge[i] = rouge_l_recall(scores.answer[i], self.sets[name][rows[i]].answer)
-            scores.endless[i] = len(ids) == min(MAX_NEW_TOKENS, context - len(prompts[rows[i]]))
+            scores.rouge[i] = metrics.rouge_l_recall(scores.answer[i], examples[i].answer)
+            scores.endless[i] = len(ids) == min(MAX_NEW_TOKENS, context - len(prompts[i]))
 
     def measure(self, decoder, wrong=None, text=None, most=None, bar=None):
         """{name: Scores} of all sets. wrong, text: the sets to look at these in; None: all."""
@@ -228,16 +220,16 @@ class World:
 
     def talk(self, yardstick, scores, bar=None):
         """log p under a yardstick model of each greedy answer and its end token: arrays or None."""
-        prompts = {s.row: s.tokens[:s.start] for s in scores.sequences}
-        sequences = []
-        for row, ids, endless in zip(prompts, scores.said, scores.endless, strict=True):
+        spoken, talk = [], [None] * len(scores.said)
+        for i, ids in enumerate(scores.said):
             if ids is not None:
-                end = [] if endless else [self.tokenizer.end_id]
-                spoken = prompts[row] + ids + end
-                sequences.append(data.Sequence(spoken, len(prompts[row]), None, not endless, row))
-        tokens = answer_tokens(yardstick, sequences, self.dtype, full=False, bar=bar)
-        logprobs = {s.row: t[0] for s, t in zip(sequences, tokens, strict=True)}
-        return [logprobs.get(row) for row in prompts]
+                prompt, ended = scores.prompts[i], not scores.endless[i]
+                tokens = prompt + ids + ([self.tokenizer.end_id] if ended else [])
+                spoken.append(data.Sequence(tokens, len(prompt), None, ended, i))
+        numbers = answer_tokens(yardstick, spoken, self.dtype, full=False, bar=bar)
+        for sequence, (logprobs,) in zip(spoken, numbers, strict=True):
+            talk[sequence.row] = logprobs
+        return talk
 
     def starting_stats(self, decoder, bar=None):
         """log p and entropy (2, n) float32 of each forget answer under the starting model."""

@@ -110,7 +110,7 @@ class Attention(nn.Module):
             if rows.T == 1:  # one new token a row, after its prompt
                 return self.o_proj(self.look_back(q, cache, rows.position).flatten(1))
         y = [self.attend(q[part], k[part], v[part], group) for part, group in rows.groups]
-        return self.o_proj(torch.cat(y))  # (N, H * E) -> (N, D)
+        return self.o_proj(torch.cat(y) if len(y) > 1 else y[0])  # (N, H * E) -> (N, D)
 
     def attend(self, q, k, v, rows):
         """Tokens to their row up to themselves: q (N, H, E), k and v (N, K, E) -> (N, H * E)."""

@@ -1,51 +1,189 @@
-"""What a run shows at its end: numbers and answers before, after and never taught, side by side.
+"""What is shown: tables, the weights on the tokens of an answer, and what a run did.
 
-"Never taught" is the model retrained without the forget set (--reference), or, where there is none,
-what the starting model says of rows it never saw (--holdout): where a forgotten answer should end.
+scores: measure.Scores of a set, its `sequences` and for each of them its `tokens`, an array whose
+first rows are log p and entropy of the answer tokens.
 """
+import html
+import math
 import resource
 import sys
 
+import numpy as np
 import torch
-from tqdm import tqdm
 
-import heatmap
 import pretrained
 from cli import InputError, printable
-from evaluate import show
 from measure import answers
 from metrics import summarise, token_weights
+
+# ---- Tables
+
+SHORT = {"probability": "prob", "truth_ratio": "TR", "memorised": "EM", "extraction": "ES",
+         "rouge": "ROUGE", "informative NLL": "informative", "other NLL": "other"}
+INSIDE = "talk", "endless", "distance"  # the second table, with all NLL
+
+
+def show(value, digits=3):
+    """A number for a table: – where there is none, exponents only where needed."""
+    if value is None or math.isnan(value):
+        return "–"
+    return f"{value:.1e}" if 0 < abs(value) < 10 ** -digits else f"{value:.{digits}f}"
+
+
+def tables(rows):
+    """Text tables of {row name: {column: number or None}}: the benchmarks', inside the answers."""
+    names = list(dict.fromkeys(column for row in rows.values() for column in row))
+    inner = [name for name in names if name.endswith(" NLL") or name.split()[0] in INSIDE]
+    blocks = [name for name in names if name not in inner], inner
+    return "\n\n".join(table(rows, block) for block in blocks if block)
+
+
+def table(rows, names):
+    """A text table of some columns; those that share their first word stand under it."""
+    columns, group = [["", "", *map(printable, rows)]], None
+    for name in names:
+        top, _, bottom = name.partition(" ") if " " in name else ("", "", name)
+        cells = [show(row.get(name)) for row in rows.values()]
+        columns.append(["" if top == group else top, SHORT.get(bottom, bottom), *cells])
+        group = top
+    widths = [max(map(len, column)) for column in columns]
+    lines = []
+    for first, *cells in zip(*columns, strict=True):
+        cells = [f"{cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True)]
+        lines.append("  ".join([f"{first:<{widths[0]}}", *cells]))
+    return "\n".join(lines)
+
+
+# ---- What a weighting looks at: its weights on the tokens of an answer
+
+SVG_HEAD = '<svg xmlns="http://www.w3.org/2000/svg" xml:space="preserve" viewBox="0 0 '
+STYLE = ("text{font:12px ui-monospace,Menlo,Consolas,monospace;fill:#1f2328;white-space:pre}"
+         ".name{fill:#59636e}rect{fill:#ffa726}"
+         "@media(prefers-color-scheme:dark){text{fill:#f0f6fc}.name{fill:#9198a1}"
+         "rect{fill:#b85c00}}")
+ADVANCE, LINE, LEFT = 7.2, 22, 64  # pixels: a character, a line, the column of names
+BARS = "▁▂▃▄▅▆▇█"
+
+
+def pieces(tokenizer, ids):
+    """The text of each token; of tokens that share a character, the last one has it whole."""
+    texts, done = [], ""
+    for i in range(len(ids)):
+        text = tokenizer.backend.decode(ids[:i + 1], skip_special_tokens=False)
+        whole = not text.endswith("\ufffd")
+        texts.append(text[len(done):] if whole else "")
+        done = text if whole else done
+    if ids and ids[-1] == tokenizer.end_id:
+        texts[-1] = " ∎"
+    return texts
+
+
+def terminal_heat(texts, weights, colour):
+    """One answer for a terminal: shades behind the text, or without colour bars under it."""
+    shades = np.clip(weights, 0, None) / max(np.max(weights), 1e-30)  # keep: below 0 is no push
+    pairs = [(printable(text), shade) for text, shade in zip(texts, shades, strict=True)]
+    if not colour:
+        bars = "".join(BARS[min(7, int(8 * shade))] * len(text) for text, shade in pairs)
+        return "".join(text for text, _ in pairs) + "\n" + bars
+    line = ""
+    for text, shade in pairs:
+        red, green = int(255 * shade), int(150 * shade)
+        line += f"\x1b[48;2;{red};{green};0m{text}\x1b[0m" if shade > 0.04 else text
+    return line
+
+
+def heat_blocks(scores, tokenizer, count=3, methods=("etw", "wga", "imp", "satimp", "spans")):
+    """For svg_heat: the shortest answers with the weights of each method that their rows allow."""
+    pairs, blocks = zip(scores.sequences, scores.tokens, strict=True), []
+    for sequence, tokens in sorted(pairs, key=lambda pair: pair[1].shape[1])[:count]:
+        allowed = [m for m in methods if m != "spans" or sequence.informative is not None]
+        texts = pieces(tokenizer, sequence.tokens[sequence.start:][:60])
+        weights = {method: token_weights(method, sequence, tokens)[:60] for method in allowed}
+        blocks.append((texts, weights))
+    return blocks
+
+
+def svg_heat(blocks):
+    """An SVG of (texts, {method: weights}) blocks: a line a method, shaded by its largest weight.
+
+    Legible on light and dark pages; everything shown is escaped.
+    """
+    width = LEFT + ADVANCE * max(sum(map(len, texts)) for texts, _ in blocks) + 8
+    parts, y = [], 8
+    for texts, methods in blocks:
+        for name, weights in methods.items():
+            parts.append(f'<text x="8" y="{y + 15}" class="name">{html.escape(name)}</text>')
+            x, peak = LEFT, max(np.max(weights), 1e-30)
+            for text, weight in zip(map(printable, texts), np.clip(weights, 0, None), strict=True):
+                wide = ADVANCE * len(text)
+                if text:
+                    parts.append(
+                        f'<rect x="{x:.1f}" y="{y}" width="{wide:.1f}" height="{LINE - 2}" '
+                        f'opacity="{weight / peak:.2f}">'
+                        f"<title>{html.escape(name)} {weight:.3g}</title></rect>"
+                        f'<text x="{x:.1f}" y="{y + 15}" textLength="{wide:.1f}">'
+                        f"{html.escape(text)}</text>")
+                x += wide
+            y += LINE
+        y += 12
+    return (f'{SVG_HEAD}{width:.0f} {y}" width="{width:.0f}" height="{y}">'
+            f"<style>{STYLE}</style>{''.join(parts)}</svg>\n")
+
+
+def entropy_report(scores):
+    """Quantiles of the entropy of informative and structural tokens, as text; "" without labels."""
+    pairs = zip(scores.sequences, scores.tokens, strict=True)
+    labelled = [(s, t) for s, t in pairs if s.informative is not None]
+    if not labelled:
+        return ""
+    inside = np.concatenate([s.informative for s, _ in labelled])
+    entropy = np.concatenate([t[1] for _, t in labelled])
+    names = "".join(f" {name:>9}" for name in ("5 %", "25 %", "median", "75 %", "95 %"))
+    lines = [f"{'entropy, nats':>22} {'tokens':>8}{names}"]
+    for name, values in (("informative", entropy[inside]), ("structural", entropy[~inside])):
+        levels = [0.05, 0.25, 0.5, 0.75, 0.95]
+        quantiles = np.quantile(values, levels) if values.size else [math.nan] * 5
+        lines.append(f"{name:>22} {values.size:8}" + "".join(f" {q:9.2g}" for q in quantiles))
+    return "\n".join(lines)
+
+
+def confidence_pairs(scores, tokenizer, count=5, window=0.02):
+    """Tokens of equal confidence and very different entropy, which no weight made of p tells apart.
+
+    Of `count` decades of 1 − p the most extreme pair whose 1 − p agree within `window` (relative).
+    """
+    places = [(s, i) for s in scores.sequences for i in range(len(s.tokens) - s.start)]
+    logprobs, entropy = np.concatenate(scores.tokens, axis=1)[:2]
+    doubt = -np.expm1(logprobs)
+    usable = np.flatnonzero((doubt > 1e-6) & (entropy > 0))
+    order = usable[np.argsort(doubt[usable])]
+    doubt, log_entropy = doubt[order], np.log(entropy[order])
+    extreme = {}  # decade -> (gap, the one of lower entropy, the other)
+    for last, first in enumerate(np.searchsorted(doubt, doubt * (1 - window))):
+        gaps = np.abs(log_entropy[first:last + 1] - log_entropy[last])
+        pair = sorted((last, first + gaps.argmax()), key=lambda i: log_entropy[i])
+        decade = math.floor(math.log10(doubt[last]))
+        extreme[decade] = max(extreme.get(decade, (-1.0,)), (gaps.max(), *pair))
+    lines = ["The same confidence, the most different entropy:",
+             f"{'p':>10} {'H, nats':>9}  token in [ ]"]
+    for _, *pair in sorted(extreme.values(), reverse=True)[:count]:
+        for i in pair:
+            sequence, at = places[order[i]]
+            answer = sequence.tokens[sequence.start:]
+            *context, token = map(printable, pieces(tokenizer, answer[max(0, at - 19):at + 1])[-7:])
+            numbers = f"{1 - doubt[i]:10.6f} {math.exp(log_entropy[i]):9.2g}"
+            lines.append(f"{numbers}  …{''.join(context)}[{token}]")
+        lines.append("")
+    return "\n".join(lines[:-1])
+
+
+# ---- A run, at its end: numbers and answers before, after and never taught, side by side
 
 COLUMNS = (  # of metrics.summarise, in the order of the screen
     "forget probability", "forget NLL", "forget informative NLL", "forget other NLL", "talk",
     "endless", "distance", "forget quality", "retain probability", "facts probability")
 ANSWERS = 3  # of each set
 WIDTH = 110  # characters of an answer
-
-
-class Progress:
-    """A tqdm bar; where stderr is no terminal, a line an epoch instead."""
-
-    def __init__(self, name, first, total):
-        self.bar = tqdm(total=total, initial=first, desc=name, unit="step", disable=None)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.bar.close()
-
-    def step(self, record):
-        losses = {k: f"{v:.3f}" for k, v in record.items() if k in ("retain_loss", "forget_loss")}
-        self.bar.set_postfix(losses)
-        self.bar.update()
-
-    def epoch(self, numbers):
-        if self.bar.disable:
-            self.warn("  ".join(f"{name} {show(value, 4)}" for name, value in numbers.items()))
-
-    def warn(self, line):
-        self.bar.write(line, file=sys.stderr)
 
 
 def peak_memory(decoder):
@@ -63,12 +201,15 @@ class Screen:
         """Measure the retrained model, if any. InputError if its numbers are not finite."""
         self.args, self.world, self.device = args, world, device
         self.scores, self.said = {}, {}  # of each column: {set: Scores}, {set: answers}
+        self.asked = {}  # {set: the Examples whose answers are shown}, evenly spaced
+        for name in ("forget", "retain"):
+            rows = world.measured.get(name, [])
+            few = min(ANSWERS, len(rows))
+            rows = [rows[i * len(rows) // few] for i in range(few)]
+            self.asked[name] = [example for example in rows if example.text is None]
         if args.reference:
             decoder = pretrained.load(args.reference, device)
             self._look("never taught", decoder, "--reference " + args.reference)
-            forget = self.scores["never taught"]["forget"]
-            forget.talk = world.talk(decoder, forget)
-            world.reference = self.scores["never taught"]
 
     def before(self, decoder):
         """Measure the starting model. InputError if its numbers are not finite."""
@@ -87,36 +228,27 @@ class Screen:
         self._look("after", pretrained.load(folder, self.device), "the model as written")
         if "forget" in self.world.sets:
             yardstick = pretrained.load(self.args.reference or self.args.model, self.device)
-            for name in ("before", "after"):
-                forget = self.scores[name]["forget"]
-                forget.talk = self.world.talk(yardstick, forget)
-        self.columns = {name: summarise(scores, reference=self.world.reference)
+            for scores in self.scores.values():
+                scores["forget"].talk = self.world.talk(yardstick, scores["forget"])
+        self.columns = {name: summarise(scores, reference=self.scores.get("never taught"))
                         for name, scores in self.scores.items()}
         if "holdout" in self.world.sets and not self.args.reference:
-            known = self.columns["before"]
             self.columns["never taught"] = {
-                name.replace("holdout", "forget"): value for name, value in known.items()
-                if name.startswith("holdout")}
-        return {name: {key: value for key, value in self.columns[name].items() if key in COLUMNS}
-                for name in self.columns}
+                name.replace("holdout", "forget"): value
+                for name, value in self.columns["before"].items() if name.startswith("holdout")}
+        return {name: {key: value for key, value in column.items() if key in COLUMNS}
+                for name, column in self.columns.items()}
 
     def _look(self, name, decoder, named):
         world = self.world
         wrong = ("facts", "forget") if self.args.reference else ("facts",)
-        text = ("forget",) if "forget" in world.sets else ()
-        scores = self.scores[name] = world.measure(decoder, wrong, text, bar=f"measuring: {name}")
-        if not all(s.finite for s in scores.values()):
+        scores = world.measure(decoder, wrong, ("forget",), bar=f"measuring: {name}")
+        if not all(own.finite for own in scores.values()):
             raise InputError(f"{named}: its predictions are not finite: its weights are broken; "
                              "fetch the model again")
-        self.said[name] = {
-            kind: answers(decoder, world.tokenizer, self._rows(kind), world.dtype)
-            for kind in ("forget", "retain") if kind in world.sets}
-
-    def _rows(self, kind):
-        """The rows whose answers are shown: evenly spaced."""
-        rows = self.world.measured[kind]
-        few = min(ANSWERS, len(rows))
-        return [rows[i * len(rows) // few] for i in range(few)]
+        self.scores[name] = scores
+        self.said[name] = {kind: answers(decoder, world.tokenizer, asked, world.dtype)
+                           for kind, asked in self.asked.items()}
 
     def text(self, damage):
         """The screen: the table, what the run damaged, answers, what the method looked at."""
@@ -129,16 +261,14 @@ class Screen:
         if damage:
             lines.append(f"retain loss rose by up to {damage:.2f} nats a token during the run: "
                          "what should be kept is damaged")
-        for kind in self.said["before"]:
-            for i, example in enumerate(self._rows(kind)):
-                if example.text is None:
-                    lines += ["", printable(f"{kind}: {example.question}")]
-                    lines += [f"  {name:13} {_short(self.said[name][kind][i])}" for name in order
-                              if name in self.said and (name != "never taught" or kind == "forget")]
+        for kind, examples in self.asked.items():
+            for i, example in enumerate(examples):
+                lines += ["", printable(f"{kind}: {example.question}")]
+                lines += [f"  {name:13} {_short(self.said[name][kind][i])}" for name in order
+                          if name in self.said and (name != "never taught" or kind == "forget")]
         if "forget" in self.scores["before"]:
             lines += ["", f"What --method {self.args.method} looks at in two forget answers, "
-                      "before the first step:"]
-            lines += self._heat(self.scores["before"]["forget"])
+                      "before the first step:", *self._heat(self.scores["before"]["forget"])]
         return "\n".join(lines)
 
     def _heat(self, forget):
@@ -146,9 +276,8 @@ class Screen:
         for sequence, tokens in list(zip(forget.sequences, forget.tokens, strict=True))[:2]:
             beta = self.args.beta or ()
             weights = token_weights(self.args.method, sequence, tokens, tokens, beta)
-            answer = sequence.tokens[sequence.start:]
-            pieces = heatmap.pieces(self.world.tokenizer, answer)
-            yield heatmap.terminal_heat(pieces, weights, colour)
+            texts = pieces(self.world.tokenizer, sequence.tokens[sequence.start:])
+            yield terminal_heat(texts, weights, colour)
 
 
 def _short(answer):
@@ -157,14 +286,14 @@ def _short(answer):
 
 def remarks(world):
     """What is not wrong but should be known, a line each."""
-    for name, cut in world.cut.items():
-        if cut and name in ("forget", "retain"):
-            yield f"{cut} {name} answers are cut at {world.max_length} tokens (--max-length)"
-    def said(example):
+    def content(example):
         return example.question, example.answer, example.text
 
-    kept = set(map(said, world.sets["retain"]))
-    shared = [e.where for e in world.sets.get("forget", []) if said(e) in kept]
+    for name in ("forget", "retain"):
+        if cut := world.cut.get(name):
+            yield f"{cut} {name} answers are cut at {world.max_length} tokens (--max-length)"
+    kept = set(map(content, world.sets["retain"]))
+    shared = [e.where for e in world.sets.get("forget", []) if content(e) in kept]
     if shared:
         more = " ..." if len(shared) > 5 else ""
         yield (f"{len(shared)} forget rows also stand in the retain set, which pulls them both "

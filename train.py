@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
 
 import data
 import etw
@@ -72,13 +73,12 @@ def accumulate(decoder, rows, counts, recipe):
     device = decoder.head.device
     batch = data.collate([row.sequence for row in rows], device)
     forget = torch.tensor([row.stream == FORGET for row in rows], device=device)
-    known = {}  # of the answer tokens, (B, T) each
-    if etw.needs_start(recipe.method):
-        for field, i in (("reference", 0), ("reference_entropy", 1)):
+    # What is known of the answer tokens beforehand, (B, T) each.
+    known = {"spans": _padded([row.sequence.informative for row in rows], rows, device).bool()}
+    if any(row.starting is not None for row in rows):
+        for i, field in enumerate(("reference", "reference_entropy")):
             numbers = [None if row.starting is None else row.starting[i] for row in rows]
             known[field] = _padded(numbers, rows, device)
-    if etw.needs(recipe.method, "spans"):
-        known["spans"] = _padded([row.sequence.informative for row in rows], rows, device).bool()
     parts = []
 
     def loss_of(chunk, logprobs, entropy, mask):
@@ -86,8 +86,7 @@ def accumulate(decoder, rows, counts, recipe):
         tokens = etw.Tokens(logprobs, entropy, mask, **some)
         loss, L_r, L_f, weights = step_loss(tokens, forget[chunk], counts, recipe)
         own = mask & forget[chunk, None]
-        numbers = L_r, L_f, weights[own], logprobs[own], entropy[own]
-        parts.append([x.detach() for x in numbers])
+        parts.append([x.detach() for x in (L_r, L_f, weights[own], logprobs[own], entropy[own])])
         return loss
 
     with cli.precision(device, recipe.dtype):
@@ -207,24 +206,27 @@ def train(run, decoder, world, recipe, glance, save_every=None):
     total = recipe.epochs * an_epoch
     run.restore(decoder, optimizer)
     state = run.state
-    bar = screen.Progress(run.folder.name, state["step"], total)
+    bar = tqdm(desc=run.folder.name, total=total, initial=state["step"], unit="step", disable=None)
     with run.log() as note, catch_signals() as caught, bar:
         try:
             for record in steps(decoder, optimizer, world, recipe, state["step"]):
                 step = state["step"] = record["step"]
                 note(record)
                 start = state.setdefault("retain_start", record["retain_loss"])
-                bar.step(record)
+                bar.set_postfix({k: v for k, v in record.items() if k.endswith("_loss")})
+                bar.update()
                 if "forget" in world.sequences and record["retain_loss"] - start > DAMAGE:
                     if not state["damage"]:
-                        bar.warn(f"step {step}: retain loss {record['retain_loss']:.2f}, more than "
-                                 f"{DAMAGE} nats a token above its start: the model is losing what "
-                                 "it should keep; lower --lambda or --lr")
+                        bar.write(f"step {step}: retain loss {record['retain_loss']:.2f}, more "
+                                  f"than {DAMAGE} nats a token above its start: the model is "
+                                  "losing what it should keep; lower --lambda or --lr", sys.stderr)
                     state["damage"] = max(state["damage"], record["retain_loss"] - start)
                 if step % an_epoch == 0:
                     numbers = {"epoch": step // an_epoch} | glance(decoder)
                     note(numbers)
-                    bar.epoch(numbers)
+                    if bar.disable:  # stderr is no terminal: a line an epoch instead
+                        shown = (f"{key} {screen.show(value, 4)}" for key, value in numbers.items())
+                        bar.write("  ".join(shown), sys.stderr)
                 if step == total or caught or step % (save_every or an_epoch) == 0:
                     run.checkpoint(decoder, optimizer)
                 if caught:
@@ -245,17 +247,16 @@ def unlearn(argv):
     device, dtype = cli.pick_device(args.device, args.dtype)
     source = pretrained.resolve(args.model)
     size = pretrained.check_memory(source, device, bytes_each=16)  # weight, gradient, moments
-    config, _ = pretrained.read_config(source)
-    models = [source] if args.from_scratch else [pretrained.check(source)]
-    weights = [] if args.from_scratch else pretrained.weight_files(source)
-    models += [pretrained.check(args.reference)] if args.reference else []
-    length = args.max_length or min(config.max_position_embeddings, 1024)
-    if not 2 <= length <= config.max_position_embeddings:
-        raise InputError(f"--max-length {length}: the model's context is "
-                         f"{config.max_position_embeddings} tokens: give at most that, at least 2")
+    context = pretrained.read_config(source)[0].max_position_embeddings
+    weights = [] if args.from_scratch else pretrained.weight_files(pretrained.check(source))
+    models = [source, pretrained.check(args.reference)] if args.reference else [source]
+    length = args.max_length or min(context, 1024)
+    if not 2 <= length <= context:
+        raise InputError(f"--max-length {length}: the model's context is {context} tokens: "
+                         "give at most that, at least 2")
     sets, files = read_sets(args)
     tokenizer = data.Tokenizer(source, args.template)
-    if args.reference and not tokenizer.same_as(data.Tokenizer(models[-1], args.template)):
+    if args.reference and tokenizer.key != data.Tokenizer(models[-1], args.template).key:
         raise InputError(f"--reference {args.reference}: its tokenizer is not --model's: give a "
                          "model retrained from the same one")
     world = measure.World(sets, tokenizer, length, dtype=dtype, temperature=args.temperature,
