@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import tokenizers
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from cli import InputError, encodable, muted, read_bytes, read_json
 
@@ -275,15 +276,12 @@ def _tokenise(question, answer, tokenizer, max_length):
 
 
 def _informative(example, offsets):
-    """For each token, whether its non-space characters overlap a span: one pass over the answer."""
-    edges = np.zeros(len(example.answer) + 1, np.int64)
+    """For each token, whether its non-space characters overlap a span."""
+    inside = np.zeros(len(example.answer), bool)
     for start, end in example.spans:
-        edges[start] += 1
-        edges[end] -= 1
-    inside = edges.cumsum()[:-1] > 0
+        inside[start:end] = True
     inside &= [not c.isspace() for c in example.answer]
-    count = np.concatenate([[0], inside.cumsum()])  # informative characters before each place
-    return [bool(count[b] > count[a]) for a, b in offsets]
+    return [bool(inside[start:end].any()) for start, end in offsets]
 
 
 # ---- Batches
@@ -308,14 +306,11 @@ def collate(sequences, device="cpu"):
     Padding is token 0 with mask False, so a causal model needs no attention mask and every target
     is a valid id.
     """
-    lengths = torch.tensor([len(s.tokens) - 1 for s in sequences])
-    shape = len(sequences), int(lengths.max())
-    inputs, targets = torch.zeros(2, *shape, dtype=torch.long)
-    mask = torch.zeros(shape, dtype=torch.bool)
-    for b, (sequence, n) in enumerate(zip(sequences, lengths.tolist(), strict=True)):
-        inputs[b, :n] = torch.tensor(sequence.tokens[:-1])
-        targets[b, :n] = torch.tensor(sequence.tokens[1:])
-        mask[b, sequence.start - 1:n] = True
+    inputs = pad_sequence([torch.tensor(s.tokens[:-1]) for s in sequences], batch_first=True)
+    targets = pad_sequence([torch.tensor(s.tokens[1:]) for s in sequences], batch_first=True)
+    starts, lengths = torch.tensor([(s.start - 1, len(s.tokens) - 1) for s in sequences]).T
+    places = torch.arange(inputs.shape[1])
+    mask = (starts[:, None] <= places) & (places < lengths[:, None])
     return Batch(*(t.to(device) for t in (inputs, targets, mask, lengths)))
 
 

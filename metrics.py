@@ -116,9 +116,11 @@ def summarise(scores, target=None, reference=None):
     for name, own in scores.items():
         if name == "holdout":
             continue
-        fold = fold_both if name == "forget" else fold_wrong
+        ratios = np.array(there(own.truth_ratio), np.float64)
+        with np.errstate(divide="ignore"):
+            good = np.minimum(ratios, 1 / ratios) if name == "forget" else (1 - ratios).clip(0)
         means = {"probability": average(own.probability), "rouge": average(own.rouge),
-                 "truth_ratio": average(fold(r) for r in there(own.truth_ratio))}
+                 "truth_ratio": average(good)}
         if name == "forget":
             means |= {"memorised": average(own.memorised), "extraction": average(own.extraction)}
         else:
@@ -131,14 +133,6 @@ def summarise(scores, target=None, reference=None):
         result |= against_retrained(scores, reference or {})
         result["weights AUC"] = weights_auc(scores["forget"], names=["etw"])["etw"]
     return result | inside(scores, reference or {})
-
-
-def fold_both(ratio):
-    return min(ratio, 1 / ratio) if ratio else 0.0
-
-
-def fold_wrong(ratio):
-    return max(0.0, 1 - ratio)
 
 
 def against_retrained(scores, reference):

@@ -19,7 +19,6 @@ import signal
 import subprocess
 import sys
 import threading
-from itertools import count
 from pathlib import Path
 
 import torch
@@ -62,14 +61,12 @@ class Run:
 
     def _default(self, resume):
         """The next free of runs/METHOD, runs/METHOD-2, ...; to resume, the one told the same."""
-        names = (self.base.with_name(self.base.name + (f"-{n}" if n > 1 else "")) for n in count(1))
-        taken = []
-        for path in names:
-            if not os.path.lexists(path):
-                break
-            taken.append(path)
+        paths = [self.base]
+        while os.path.lexists(paths[-1]):
+            paths.append(self.base.with_name(f"{self.base.name}-{len(paths) + 1}"))
+        *taken, free = paths
         if not resume or not taken:
-            return path
+            return free
         alike = ([path for path in taken if not self._difference(path)]
                  or [path for path in taken if _is_blank(path)])
         if not alike:
@@ -81,9 +78,8 @@ class Run:
         try:
             places = self.folder, *self.folder.absolute().parents
             parent = next(p for p in places if p.exists() or p.is_symlink())
-            writable = (parent.is_dir() and os.access(parent, os.R_OK | os.W_OK | os.X_OK)
-                        and os.fsencode(self.folder))
-        except (OSError, ValueError):  # too long, a NUL, not Unicode
+            writable = parent.is_dir() and os.access(parent, os.R_OK | os.W_OK | os.X_OK)
+        except OSError:  # its name is too long
             parent, writable = "it", False
         if not writable:
             raise InputError(f"--out {str(self.folder):.200}: {str(parent):.200} is not a folder "
@@ -301,16 +297,15 @@ def sha256(path, size=sys.maxsize):
     return digest.hexdigest()
 
 
-class catch_signals:
+@contextlib.contextmanager
+def catch_signals():
     """SIGINT and SIGTERM within the block are noted, in the list that it yields, not obeyed."""
-
-    def __enter__(self):
-        self.caught, self.old = [], {}
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self.old[number] = signal.signal(number, lambda n, _: self.caught.append(n))
-        return self.caught
-
-    def __exit__(self, *_):
-        for number, handler in self.old.items():
+    caught, old = [], {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            old[number] = signal.signal(number, lambda n, _: caught.append(n))
+    try:
+        yield caught
+    finally:
+        for number, handler in old.items():
             signal.signal(number, handler)
