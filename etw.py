@@ -44,9 +44,8 @@ def logit_stats(logits, targets, temperature=1.0):
     """token_stats from logits (N, V) of any float type; no float32 copy of all of them is kept."""
     if not temperature > 0:
         raise ValueError(f"temperature must be above 0, not {temperature}")
-    parts = []
-    for piece in zip(logits.split(256), targets.split(256), strict=True):
-        parts.append(checkpoint(_stats, *piece, temperature, use_reentrant=False))
+    pieces = zip(logits.split(256), targets.split(256), strict=True)
+    parts = [checkpoint(_stats, *piece, temperature, use_reentrant=False) for piece in pieces]
     return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
 

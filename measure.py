@@ -81,7 +81,7 @@ def greedy(decoder, prompts, end_id, dtype=torch.float32, bar=None, size=64):
 
 
 def answers(decoder, tokenizer, examples, dtype=torch.float32):
-    """The greedy answer to each Example's question, as text; `text` rows have none."""
+    """The greedy answer to the question of each Example, as text."""
     prompts = [data.prompt_ids(example, tokenizer) for example in examples]
     said = greedy(decoder, prompts, tokenizer.end_id, dtype)
     return [tokenizer.decode(ids).strip() for ids in said]
@@ -102,15 +102,15 @@ class Scores:
         self.sequences, self.tokens = sequences, tokens
         by_row = groupby(range(len(sequences)), key=lambda k: sequences[k].row)
         self.places = [list(places) for _, places in by_row]  # of each row's sequences
-        firsts = [sequences[places[0]] for places in self.places]
-        self.prompts = [s.tokens[:s.start] for s in firsts]
+        firsts = (sequences[places[0]] for places in self.places)
+        self.prompts = [first.tokens[:first.start] for first in firsts]
         for name in (*self.ROWS, "said", "talk"):
             setattr(self, name, [None] * len(self.places))
         for i, places in enumerate(self.places):
             whole = np.concatenate([tokens[k] for k in places], axis=1)
             content = whole[:, :-1] if sequences[places[-1]].ended else whole  # no end token
-            own, nll = [sequences[k] for k in places], [-tokens[k][0] for k in places]
-            parts = metrics.token_means(own, nll)
+            nll = [-tokens[k][0] for k in places]
+            parts = metrics.token_means([sequences[k] for k in places], nll)
             self.nll[i], self.informative_nll[i], self.other_nll[i] = parts
             self.probability[i] = metrics.probability(self.nll[i])
             if content.size:

@@ -76,11 +76,9 @@ class RMSNorm(nn.RMSNorm):
 
 
 def rotate(x, cos, sin):
-    """Turn each pair (i, i + E/2) of x (N, heads, E) by an angle that grows with the position.
-
-    Hugging Face's order; Meta's own files pair neighbours. cos, sin (N, 1, E), the first half of
-    sin negated, and the result are float32.
-    """
+    """Turn each pair (i, i + E/2) of x (N, heads, E), Hugging Face's order (Meta's own files pair
+    neighbours), by an angle that grows with the position. cos, sin (N, 1, E), the first half of
+    sin negated, and the result are float32."""
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1).to(sin.dtype), sin)
 
 
@@ -123,9 +121,9 @@ class Attention(nn.Module):
         """One new token a row to the cached places up to its own: q (B, H, E) -> (B, H, E)."""
         k, v = (t.to(q.dtype) for t in cache.transpose(1, 3).unbind(2))  # (B, K, S, E)
         q = q.unflatten(1, (k.shape[1], -1))  # (B, K, H/K, E): queries of one key head side by side
-        places = torch.arange(k.shape[2], device=q.device)
-        how = {"attn_mask": places <= position[:, None, None, None], "scale": self.scale}
-        return F.scaled_dot_product_attention(q, k, v, **how).flatten(1, 2)
+        past = torch.arange(k.shape[2], device=q.device) <= position[:, None, None, None]
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=past, scale=self.scale)
+        return y.flatten(1, 2)
 
 
 class MLP(nn.Module):
@@ -222,7 +220,7 @@ def generate(decoder, prompts, max_new_tokens, eos_id):
     # Keys and values lie at their token's position: rows of any lengths share the caches.
     places, heads = min(context, T + max_new_tokens), decoder.config.num_key_value_heads
     shape = len(decoder.layers), len(prompts), places, 2, heads, decoder.config.head_dim
-    caches = torch.zeros(shape, dtype=decoder.head.dtype, device=device)
+    caches = decoder.head.new_zeros(shape)
     rows, alive = Rows(T, lengths), list(range(len(prompts)))
     x = decoder.trunk(tokens, rows, caches)[lengths.cumsum(0) - 1]  # (N, D) -> (B, D)
     for made in range(1, max_new_tokens + 1):
@@ -239,5 +237,4 @@ def generate(decoder, prompts, max_new_tokens, eos_id):
             alive = [row for row, goes in zip(alive, going, strict=True) if goes]
         rows = Rows(1, torch.ones_like(lengths))
         rows.position, lengths = lengths, lengths + 1
-        used = made + max(sizes[row] for row in alive)
-        x = decoder.trunk(tokens, rows, caches[:, :, :used])
+        x = decoder.trunk(tokens, rows, caches[:, :, :int(lengths.max())])

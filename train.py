@@ -190,9 +190,8 @@ def steps(decoder, optimizer, world, recipe, first=0):
         began = time.perf_counter()
         lr = learning_rate(step, total, warmup, recipe.lr)
         record = train_step(decoder, optimizer, step_rows(step, world, recipe), lr, recipe)
-        seconds = time.perf_counter() - began
         yield {"step": step + 1, "epoch": (step + 1) / an_epoch} | record | {
-            "tokens_per_second": record["tokens"] / seconds,
+            "tokens_per_second": record["tokens"] / (time.perf_counter() - began),
             "peak_memory_mb": screen.peak_memory(decoder)}
 
 
