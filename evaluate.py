@@ -23,8 +23,8 @@ import metrics
 import pretrained
 import screen
 from cli import InputError, bundled
-from measure import Scores, World, answer_tokens, answers  # noqa: F401  for other programs, too
-from metrics import average, forget_quality, model_utility, rouge_l_recall, truth_ratio  # noqa: F401
+from measure import Scores, World, answers
+from metrics import forget_quality, model_utility, rouge_l_recall, truth_ratio  # noqa: F401
 from screen import show, tables
 
 # ---- The command line

@@ -546,7 +546,7 @@ def test_json_holds_the_tables_and_a_value_for_every_row(run, files, tiny, tmp_p
         for name, count in (("forget", 5), ("retain", 3), ("facts", 1), ("holdout", 1)):
             assert all(len(values) == count for values in one["rows"][name].values())
         forget = one["rows"]["forget"]
-        assert evaluate.average(forget["probability"]) == pytest.approx(
+        assert metrics.average(forget["probability"]) == pytest.approx(
             numbers["forget probability"]
         )
         assert [r is None for r in forget["truth_ratio"]] == [False, False, True, True, False]
