@@ -91,7 +91,9 @@ class Experiment:
         forget.talk = self.measured.talk(self.retrained, forget)
         columns = metrics.summarise(scores, self.target, self.reference)
         aucs = metrics.weights_auc(forget, self.start)
-        return cli.plain(columns | {"AUC": aucs, "said": forget.answer[::SAID]})
+        asked = [example.question for example in self.measured.sets["forget"]]
+        said = dict(zip(asked[::SAID], forget.answer[::SAID], strict=True))
+        return cli.plain(columns | {"AUC": aucs, "said": said})
 
     def yardsticks(self):
         """The first lines of a file: what all runs start from, and where they should end."""
@@ -271,6 +273,8 @@ def tables(args):
     picks = {method: pick for method, pick in picks.items() if pick}
     for method, pick in picks.items():
         print(row(method, setting_of(pick), *(show(pick.get(key)) for key in COLUMNS)))
+    if not seeds:
+        return
     print("\n" + heading)
     for method, pick in picks.items():
         own = others(seeds, pick)
@@ -295,11 +299,10 @@ def details(args):
     print("\n" + row("AUC of", *etw.WEIGHTINGS) + "\n" + "|---" * (len(etw.WEIGHTINGS) + 1) + "|")
     for model in models:
         print(row(f"on {model['method']}", *(show(model["AUC"][name]) for name in etw.WEIGHTINGS)))
-    questions = [example.question for example in data.read_jsonl(args.forget)][::SAID]
-    for i, question in enumerate(questions):
+    for question in models[0]["said"]:
         print(f"\n{question}")
         for model in models:
-            print(f"    {model['method']:10} {cli.printable(model['said'][i])[:150]}")
+            print(f"    {model['method']:10} {cli.printable(model['said'][question] or '–')[:150]}")
 
 
 def grid(args):
