@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import resource
 import signal
 import stat
 import sys
@@ -303,6 +304,16 @@ def precision(device, dtype):
     if dtype != torch.bfloat16:
         return contextlib.nullcontext()
     return torch.autocast(torch.device(device).type, dtype)
+
+
+def peak_memory(device):
+    """Most memory held so far, in MB: of the GPU if that is the device, else of this process."""
+    import torch
+
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def keep_freed_memory():

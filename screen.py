@@ -5,11 +5,9 @@ first rows are log p and entropy of the answer tokens.
 """
 import html
 import math
-import resource
 import sys
 
 import numpy as np
-import torch
 
 import pretrained
 from cli import InputError, printable
@@ -184,14 +182,6 @@ COLUMNS = (  # of metrics.summarise, in the order of the screen
     "endless", "distance", "forget quality", "retain probability", "facts probability")
 ANSWERS = 3  # of each set
 WIDTH = 110  # characters of an answer
-
-
-def peak_memory(decoder):
-    """Most memory held so far, in MB: of the GPU if the model is there, else of this process."""
-    if decoder.head.is_cuda:
-        return torch.cuda.max_memory_allocated() / 2**20
-    unit = 2**20 if sys.platform == "darwin" else 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 class Screen:

@@ -192,7 +192,7 @@ def steps(decoder, optimizer, world, recipe, first=0):
         record = train_step(decoder, optimizer, step_rows(step, world, recipe), lr, recipe)
         yield {"step": step + 1, "epoch": (step + 1) / an_epoch} | record | {
             "tokens_per_second": record["tokens"] / (time.perf_counter() - began),
-            "peak_memory_mb": screen.peak_memory(decoder)}
+            "peak_memory_mb": cli.peak_memory(decoder.head.device)}
 
 
 def train(run, decoder, world, recipe, glance, save_every=None):
