@@ -192,8 +192,8 @@ class Tokenizer:
 
     @property
     def key(self):
-        """Equal for two that make the same ids of any text."""
-        return self.backend.to_str(), tuple(self.begin), self.end_id
+        """Equal for two that make the same ids of any text: the begin ids are the backend's."""
+        return self.backend.to_str(), self.end_id
 
     def encode(self, string, begin=False):
         """ids and [start, end) character offsets of a string, after the begin ids if asked."""

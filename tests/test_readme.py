@@ -46,6 +46,8 @@ def test_the_quick_start_runs_and_shows_what_changed(tmp_path, monkeypatch, caps
                  "forget other NLL", "talk", "endless", "distance", "forget quality",
                  "retain probability", "facts probability", "forget: ", "retain: "):
         assert name in shown, name
+    # The never-taught model answers the forget questions alone: there it is the goal.
+    assert [shown.count(f"\n  {name}") for name in ("before", "after", "never taught")] == [6, 6, 3]
     assert json.loads(
         (tmp_path / "run" / "result.json").read_text())["before"]["forget probability"] > 0.99
 

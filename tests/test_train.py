@@ -232,6 +232,8 @@ def test_a_run_folder_holds_a_model_its_arguments_and_a_log_of_steps_and_epochs(
                 "tokens_per_second", "peak_memory_mb"):
         assert all(math.isfinite(r[key]) for r in steps), key
     assert all(0.2 <= r["top_fifth"] <= 1 for r in steps)
+    # Python with torch: more than 50 MB, and no test takes 100 GB.
+    assert all(50 < r["peak_memory_mb"] < 1e5 for r in steps)
 
 
 def test_the_default_out_takes_the_next_free_name(run, tmp_path, monkeypatch):
