@@ -30,7 +30,8 @@ TABLES = {
     "smollm2 grid": ["grid", *SMOLLM2, "--lr", "2e-4", "--epochs", "4",
                      "--strengths", "0.1", "0.3", "1"],
     "tofu": ["tables", *TOFU],
-    "tofu grid": ["grid", *TOFU, "--lr", "1e-3", "--epochs", "8", "--strengths", "0.03", "0.2", "2"],
+    "tofu grid": ["grid", *TOFU, "--lr", "1e-3", "--epochs", "8",
+                  "--strengths", "0.03", "0.2", "2"],
     "grid": ["grid", "--lr", "3e-4", "--epochs", "14", "--strengths", "0.03", "0.2", "2"]}
 
 
