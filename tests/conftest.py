@@ -42,6 +42,17 @@ def tiny(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def stranger(tiny, tmp_path_factory):
+    """`tiny` with another tokenizer: as many tokens, two of them exchanged."""
+    folder = Path(shutil.copytree(tiny, tmp_path_factory.mktemp("stranger") / "model"))
+    content = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    return folder
+
+
 @pytest.fixture(params=["gpt2", "llama", "qwen3"])
 def folder(request, tmp_path):
     """A copy of a stored checkpoint."""

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import xml.etree.ElementTree as ElementTree
 
 import numpy as np
@@ -497,6 +498,17 @@ def test_what_is_inside_the_answers_stands_in_a_table_of_its_own_under_the_same_
 
 
 # ---- the command line
+
+
+def test_models_are_read_with_their_own_tokenizers_and_share_what_is_encoded_where_these_agree(
+        tiny, stranger, tmp_path):
+    twin = shutil.copytree(tiny, tmp_path / "twin")
+    sets = {"forget": [data.Example("Where?", "Ada was born in Bab.")]}
+    models = {"tiny": tiny, "twin": twin, "stranger": stranger}
+    worlds = evaluate.make_worlds(models, sets, [], "plain", torch.float32)
+    assert worlds["tiny"] is worlds["twin"] is not worlds["stranger"]
+    ids = {name: world.sequences["forget"][0].tokens for name, world in worlds.items()}
+    assert ids["tiny"] != ids["stranger"]
 
 
 @pytest.fixture

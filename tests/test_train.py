@@ -269,6 +269,14 @@ def test_wrong_input_is_one_line_exit_code_two_and_nothing_written(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_retrained_model_that_reads_other_tokens_is_no_reference(
+        run, stranger, tmp_path, capsys):
+    """What would be compared are log-probabilities of different tokens."""
+    assert run("--reference", stranger) == 2
+    assert f"--reference {stranger}: its tokenizer is not --model's" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_folder_that_holds_a_run_is_refused_unless_overwritten_and_other_folders_always(
         run, world, tmp_path, capsys):
     assert run() == 0
