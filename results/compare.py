@@ -86,7 +86,7 @@ class Experiment:
 
     def summary(self, scores):
         """The measurements of a model, ready for a line of the file: columns of metrics.summarise,
-        the AUC of each weighting on its forget answers, the first of these answers."""
+        the AUC of each weighting on its forget answers, every tenth of these answers."""
         forget = scores["forget"]
         forget.talk = self.measured.talk(self.retrained, forget)
         columns = metrics.summarise(scores, self.target, self.reference)
