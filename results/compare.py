@@ -5,6 +5,7 @@
     python results/compare.py tables
     python results/compare.py details                utility by its parts, AUCs, answers
     python results/compare.py grid --lr 3e-4         every run at one learning rate
+    python results/compare.py runs                   every run, a row each
     python results/compare.py plot                   results/ends.svg: where each method ends up
 
 All read and write results/sweep.jsonl (seed 0) and results/seeds.jsonl. The first lines are the
@@ -49,7 +50,8 @@ STRENGTHS = (1e-4, 1e-3, 1e-2, 10**-1.5, 1e-1, 10**-0.5, 1.0, 10**0.5)  # λ · 
 RATES = (3e-4, 1e-3)
 MAX_LENGTH = 512  # tokens of a row
 SAID = 10  # of so many forget answers one is kept as text
-SETTING = "method", "strength", "lr", "epochs", "layers"  # what is chosen, beside the epoch
+# What is chosen, beside the epoch; the last two are null where the formula has its defaults.
+SETTING = "method", "strength", "lr", "epochs", "layers", "temperature", "beta"
 PARTS = "probability", "rouge", "truth_ratio"  # of a utility set
 YARDSTICKS = "target", "retrained", "untaught"
 COLUMNS = {  # of a table: what metrics.summarise calls it, its heading
@@ -71,7 +73,8 @@ class Experiment:
         tokenizer = data.Tokenizer(target.files.folder, args.template)
         length = min(target.config.max_position_embeddings, MAX_LENGTH)
         taught, measured, options = read_sets(args)
-        self.taught = measure.World(taught, tokenizer, length, dtype=self.dtype)
+        self.taught = measure.World(taught, tokenizer, length, dtype=self.dtype,
+                                    temperature=args.temperature or 1.0)
         self.measured = measure.World(measured, tokenizer, length, options=options,
                                       dtype=self.dtype)
         if any(map(etw.needs_start, methods)):
@@ -145,8 +148,7 @@ def mean_weight(method, scores):
 
 
 def do_runs(args, wanted, path):
-    """Append each wanted (method, strength, lr, epochs, layers, seed) to a file, unless it is
-    there."""
+    """Append each wanted (*SETTING, seed) to a file, unless it is there."""
     done = {key_of(r)[:-1] for r in read(path) if r.get("epoch") in (0, r.get("epochs"))}
     wanted = [w for w in wanted[args.part::args.parts] if w not in done]
     if not wanted:
@@ -156,12 +158,16 @@ def do_runs(args, wanted, path):
     note(f"mean weight at the start: {json.dumps(experiment.mean_weights)}")
     if len(read(path)) < 2:
         append(path, experiment.yardsticks())
-    for number, (method, strength, lr, epochs, layers, seed) in enumerate(wanted, 1):
-        recipe = train.Recipe(method=method, lam=strength / experiment.mean_weights[method], lr=lr,
-                              epochs=epochs, layers=layers, seed=seed, batch_size=args.batch_size,
-                              micro_batch_size=args.micro_batch_size, dtype=experiment.dtype)
-        setting = {"method": method, "strength": strength, "lambda": recipe.lam, "lr": lr,
-                   "epochs": epochs, "layers": layers, "seed": seed}
+    for number, key in enumerate(wanted, 1):
+        setting = dict(zip((*SETTING, "seed"), key, strict=True))
+        method, seed, lr = setting["method"], setting["seed"], setting["lr"]
+        recipe = train.Recipe(method=method, lr=lr, seed=seed, batch_size=args.batch_size,
+                              lam=setting["strength"] / experiment.mean_weights[method],
+                              epochs=setting["epochs"], layers=setting["layers"],
+                              temperature=setting["temperature"] or 1.0,
+                              beta=setting["beta"] or (), dtype=experiment.dtype,
+                              micro_batch_size=args.micro_batch_size)
+        setting["lambda"] = recipe.lam
         began, lines = time.perf_counter(), []
         try:
             for epoch, measurements in experiment.run(recipe):
@@ -183,7 +189,8 @@ def note(line):
 
 
 def key_of(record):
-    return tuple(record.get(name) for name in (*SETTING, "seed", "epoch"))
+    values = (record.get(name) for name in (*SETTING, "seed", "epoch"))
+    return tuple(tuple(v) if isinstance(v, list) else v for v in values)
 
 
 def append(path, records):
@@ -225,10 +232,12 @@ def utility(record, names):
 
 
 def chosen(records, method):
-    """The setting of a method by the rule above; None if no run of it came to an end."""
+    """The setting of a method by the rule above; None if no run of it came to an end. Runs with
+    another T or β are another method's."""
     goal = next((r for r in records if r["method"] == "retrained"), {})
     facts = "forget informative NLL"
-    own = [r for r in records if r["method"] == method and r.get("distance") is not None]
+    own = [r for r in records if r["method"] == method and r.get("distance") is not None
+           and r.get("temperature") is None and r.get("beta") is None]
     own = [r for r in own if (r.get(facts) or 0) >= (goal.get(facts) or 0) / 2] or own
     lean = [r for r in own if r["utility lost"] <= 2 and r["endless"] <= 0.05]
     mild = [r for r in own if r["utility lost"] <= 5]
@@ -238,7 +247,7 @@ def chosen(records, method):
 def others(records, pick):
     """The runs of a chosen setting with other seeds, at its epoch."""
     keys = *SETTING, "epoch"
-    return [r for r in records if pick and all(r.get(k) == pick[k] for k in keys)]
+    return [r for r in records if pick and all(r.get(k) == pick.get(k) for k in keys)]
 
 
 def show(value):
@@ -253,7 +262,12 @@ def spread(values):
 
 
 def setting_of(record):
-    return f"{record['lambda']:.3g}, {record['lr']:g}, {record['epoch']}"
+    setting = f"{record['lambda']:.3g}, {record['lr']:g}, {record['epoch']}"
+    if record.get("temperature") is not None:
+        setting += f", T {record['temperature']:g}"
+    if record.get("beta") is not None:
+        setting += f", β {' '.join(f'{b:g}' for b in record['beta'])}"
+    return setting
 
 
 def row(*cells):
@@ -263,23 +277,37 @@ def row(*cells):
 def tables(args):
     """The chosen settings: what seed 0 gave beside the yardsticks, what other seeds give."""
     sweep, seeds = read(args.sweep, args.over), read(args.repeats, args.over)
-    heading = row("method", "λ, lr, epoch", *COLUMNS.values()) + "\n" + "|---" * 9 + "|"
-    print(heading)
-    for record in sweep:
-        if record["method"] not in YARDSTICKS:
-            break
-        print(row(record["method"], "–", *(show(record.get(key)) for key in COLUMNS)))
     picks = {method: chosen(sweep, method) for method in args.methods}
     picks = {method: pick for method, pick in picks.items() if pick}
-    for method, pick in picks.items():
-        print(row(method, setting_of(pick), *(show(pick.get(key)) for key in COLUMNS)))
+    listing([*(r for r in sweep if r["method"] in YARDSTICKS), *picks.values()])
     if not seeds:
         return
-    print("\n" + heading)
+    print()
+    listing([])
     for method, pick in picks.items():
         own = others(seeds, pick)
         cells = [spread([r.get(key) for r in own]) for key in COLUMNS]
         print(row(method, setting_of(pick), *cells))
+
+
+def listing(records):
+    """A table of these records, a row each."""
+    print(row("method", "λ, lr, epoch", *COLUMNS.values()) + "\n" + "|---" * 9 + "|")
+    for record in records:
+        setting = "–" if record["method"] in YARDSTICKS else setting_of(record)
+        print(row(record["method"], setting, *(show(record.get(key)) for key in COLUMNS)))
+
+
+def runs(args):
+    """Every run of the sweep, those with another T or β last, then those with other seeds."""
+    own = [r for r in read(args.sweep, args.over) if r["method"] not in YARDSTICKS]
+    other = read(args.repeats, args.over)
+    own.sort(key=lambda r: (r.get("temperature") is not None or r.get("beta") is not None,
+                            args.methods.index(r["method"]), r["lr"], r["strength"]))
+    listing(own)
+    if other:
+        print()
+        listing(sorted(other, key=lambda r: (args.methods.index(r["method"]), r["seed"])))
 
 
 def details(args):
@@ -311,7 +339,8 @@ def grid(args):
     cells = {(r["method"], r["strength"]): ", ".join(show(r.get(key)) for key in keys)
              for r in read(args.sweep, args.over)
              if r.get("epoch") == args.epochs == r["epochs"] and r["lr"] == args.lr[0]
-             and r["layers"] == args.layers}
+             and r["layers"] == args.layers and (r.get("temperature"), r.get("beta"))
+             == (args.temperature, args.beta)}
     print(row("method", *(f"s = {s:.3g}" for s in args.strengths)))
     print("|---" * (len(args.strengths) + 1) + "|")
     for method in args.methods:
@@ -342,8 +371,7 @@ def parse_args(argv):
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
-    add("task", choices=("sweep", "repeat", "tables", "details", "grid",
-                              "plot"))
+    add("task", choices=("sweep", "repeat", "tables", "details", "grid", "runs", "plot"))
     add("--sweep", metavar="FILE", default="results/sweep.jsonl")
     add("--repeats", metavar="FILE", default="results/seeds.jsonl")
     add("--plot", metavar="FILE", default="results/ends.svg")
@@ -353,6 +381,8 @@ def parse_args(argv):
     add("--seeds", type=int, nargs="+", default=[1, 2, 3], help="for repeat")
     add("--layers", type=float, default=1.0, help="share of the layers to train, as in train.py")
     add("--epochs", type=int, default=20, help="for sweep and grid")
+    add("--temperature", type=float, help="T of the entropy, for sweep and grid")
+    add("--beta", type=float, nargs="+", help="all β's of the formula, for sweep and grid")
     add("--every", type=int, default=0, help="epochs between measurements; 0: only at the end")
     add("--batch-size", type=int, default=16)
     add("--micro-batch-size", type=int)
@@ -380,16 +410,18 @@ def parse_args(argv):
 def main(argv=None):
     args = parse_args(argv)
     if args.task == "sweep":
-        wanted = [(method, strength, lr, args.epochs, args.layers, 0)
+        beta = args.beta and tuple(args.beta)
+        wanted = [(method, strength, lr, args.epochs, args.layers, args.temperature, beta, 0)
                   for lr in args.lr for strength in args.strengths for method in args.methods]
         do_runs(args, wanted, args.sweep)
     elif args.task == "repeat":
         sweep = read(args.sweep, args.over)
         picks = [pick for method in args.methods if (pick := chosen(sweep, method))]
-        wanted = [(*(pick[key] for key in SETTING), seed) for seed in args.seeds for pick in picks]
+        wanted = [(*(pick.get(k) for k in SETTING), seed) for seed in args.seeds for pick in picks]
         do_runs(args, wanted, args.repeats)
     else:
-        {"tables": tables, "details": details, "grid": grid, "plot": plot}[args.task](args)
+        {"tables": tables, "details": details, "grid": grid, "runs": runs,
+         "plot": plot}[args.task](args)
 
 
 if __name__ == "__main__":

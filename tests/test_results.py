@@ -36,8 +36,8 @@ TABLES = {
 
 
 def record(distance, lost=0.0, endless=0.0, **more):
-    return {"method": "etw", "strength": 0.1, "lr": 1e-3, "epochs": 2, "layers": 1.0,
-            "epoch": 2, "seed": 0,
+    return {"method": "etw", "strength": 0.1, "lambda": 0.1, "lr": 1e-3, "epochs": 2,
+            "layers": 1.0, "epoch": 2, "seed": 0,
             "distance": distance, "utility lost": lost, "endless": endless} | more
 
 
@@ -74,6 +74,22 @@ def test_other_seeds_of_a_setting_are_those_of_its_epoch_and_budget():
     pick, same = record(1), record(3, seed=2)
     strangers = record(1, seed=2, epoch=1), record(1, seed=2, epochs=9), record(1, seed=2, lr=1)
     assert compare.others([*strangers, same], pick) == [same]
+
+
+def test_a_run_with_another_temperature_or_beta_is_another_method(capsys, tmp_path):
+    mine = record(1.0)
+    warm, bare = record(0.1) | {"temperature": 2.0}, record(0.2) | {"beta": [2.5, 0.0]}
+    assert compare.chosen([warm, mine, bare], "etw") is mine
+    other_seed = record(1, seed=1) | {"temperature": 2.0}
+    assert compare.others([other_seed, bare], warm) == [other_seed]
+    assert len({compare.key_of(r) for r in (warm, mine, bare)}) == 3
+
+    write(tmp_path / "sweep", [warm, bare, mine])
+    flags = ["--sweep", str(tmp_path / "sweep"), "--repeats", str(tmp_path / "none")]
+    compare.main(["runs", *flags])
+    settings = [line.split(" | ")[1] for line in capsys.readouterr().out.splitlines()[2:]]
+    assert len(settings) == 3 and settings[0].endswith(", 2")
+    assert settings[1:] == [f"{settings[0]}, T 2", f"{settings[0]}, β 2.5 0"]
 
 
 # ---- The files
@@ -161,6 +177,12 @@ def test_a_comparison_goes_on_where_it_was_killed_and_ends_in_tables_and_a_pictu
     assert "| on spans | " in printed and "\nWhere was Ada born?\n    target " in printed
     compare.main(["plot", *few])
     ElementTree.parse(tmp_path / "plot")
+
+    compare.main(["sweep", *few, "--methods", "npo", "--beta", "0.5", "--temperature", "2"])
+    *_, npo, _, variant = compare.read(sweep)
+    assert npo["beta"] is npo["temperature"] is None
+    assert variant["beta"] == [0.5] and variant["temperature"] == 2
+    assert variant["forget informative NLL"] != npo["forget informative NLL"]
 
 
 def test_the_mean_weight_that_a_grid_is_laid_over_is_that_of_the_push(monkeypatch):
