@@ -85,7 +85,6 @@ class Experiment:
         scores = self.measured.measure(target, bar="target")
         self.start = scores["forget"]
         self.target = self.summary(scores)
-        self.mean_weights = {method: mean_weight(method, self.start) for method in methods}
 
     def summary(self, scores):
         """The measurements of a model, ready for a line of the file: columns of metrics.summarise,
@@ -140,10 +139,10 @@ def read_sets(args):
     return taught, measured, list(facts)
 
 
-def mean_weight(method, scores):
+def mean_weight(method, scores, beta=()):
     """Mean max(0, ω) of a method over all forget tokens; scores: the starting model's."""
     pairs = zip(scores.sequences, scores.tokens, strict=True)
-    weights = [metrics.token_weights(method, s, tokens, tokens) for s, tokens in pairs]
+    weights = [metrics.token_weights(method, s, tokens, tokens, beta) for s, tokens in pairs]
     return float(sum(w.clip(0).sum() for w in weights) / sum(map(len, weights)))
 
 
@@ -155,19 +154,19 @@ def do_runs(args, wanted, path):
         return note(f"{path}: nothing left to run")
     torch.set_num_threads(args.threads)
     experiment = Experiment(args, {method for method, *_ in wanted})
-    note(f"mean weight at the start: {json.dumps(experiment.mean_weights)}")
     if len(read(path)) < 2:
         append(path, experiment.yardsticks())
     for number, key in enumerate(wanted, 1):
         setting = dict(zip((*SETTING, "seed"), key, strict=True))
         method, seed, lr = setting["method"], setting["seed"], setting["lr"]
-        recipe = train.Recipe(method=method, lr=lr, seed=seed, batch_size=args.batch_size,
-                              lam=setting["strength"] / experiment.mean_weights[method],
-                              epochs=setting["epochs"], layers=setting["layers"],
+        beta = tuple(setting["beta"] or ())
+        lam = setting["strength"] / mean_weight(method, experiment.start, beta)
+        recipe = train.Recipe(method=method, beta=beta, lam=lam, lr=lr, seed=seed,
                               temperature=setting["temperature"] or 1.0,
-                              beta=setting["beta"] or (), dtype=experiment.dtype,
+                              epochs=setting["epochs"], layers=setting["layers"],
+                              batch_size=args.batch_size, dtype=experiment.dtype,
                               micro_batch_size=args.micro_batch_size)
-        setting["lambda"] = recipe.lam
+        setting["lambda"] = lam
         began, lines = time.perf_counter(), []
         try:
             for epoch, measurements in experiment.run(recipe):

@@ -187,10 +187,11 @@ def test_a_comparison_goes_on_where_it_was_killed_and_ends_in_tables_and_a_pictu
 
 def test_the_mean_weight_that_a_grid_is_laid_over_is_that_of_the_push(monkeypatch):
     monkeypatch.setitem(compare.etw.WEIGHTINGS, "mine",
-                        lambda tokens: torch.where(tokens.logprobs < -1, 4.0, -9.0))
+                        lambda tokens, high=4.0: torch.where(tokens.logprobs < -1, high, -9.0))
     sequence = data.Sequence([1, 2, 3, 4, 5], 1, None, True, 0)
     scores = measure.Scores([sequence], [np.array([[-2.0, -0.5, -0.1, -3], [0.0] * 4, [1] * 4])])
     assert compare.mean_weight("mine", scores) == 2
+    assert compare.mean_weight("mine", scores, (6.0,)) == 3
 
 
 # ---- Pictures, labels, benchmark
