@@ -23,6 +23,8 @@ class Recipe:
     lam: float = flag(0.03, number(least=0), "λ, weight of the forget loss")
     temperature: float = flag(1.0, number(above=0), "T of the entropy's softmax(z/T)")
     epochs: int = flag(20, number(int, 1, 10**6), "passes through the forget (or taught) set")
+    until: float = flag(None, number(above=0), "end after the first step whose forget rows have "
+                        "this mean NLL, nats a token: what a model never taught them has")
     batch_size: int = flag(16, number(int, 1, 2**16), "forget rows a step, and as many retain rows")
     micro_batch_size: int = flag(None, number(int, 1),
                                  "rows of both kinds in memory at once; all unless given")
@@ -42,6 +44,10 @@ class Recipe:
         """An epoch is a pass through the forget set, or, teaching, through the retain set."""
         rows = world.sequences.get("forget") or world.sequences["retain"]
         return math.ceil(len(rows) / self.batch_size)
+
+    def reached(self, record):
+        """Whether a step, as train_step describes it, is the last one for `until`."""
+        return self.until is not None and record.get("forget_nll", 0) >= self.until
 
 
 # The defaults of flags where the method is not the paper's (see results/README.md).
@@ -106,6 +112,8 @@ def check_flags(args):
         etw.weigh(args.method, etw.ONE, *args.beta or ())
     except ValueError as e:
         raise InputError(f"--beta: {e}") from None
+    if args.until and not args.forget:
+        raise InputError("--until: needs rows to forget: add --forget or leave it out")
     if args.resume and args.overwrite:
         raise InputError("--resume and --overwrite: give one of them")
     if args.reference and not args.forget:

@@ -19,6 +19,7 @@ from metrics import summarise, token_weights
 SHORT = {"probability": "prob", "truth_ratio": "TR", "memorised": "EM", "extraction": "ES",
          "rouge": "ROUGE", "informative NLL": "informative", "other NLL": "other"}
 INSIDE = "talk", "endless", "distance"  # the second table, with all NLL
+DAMAGE = 0.5  # nats a token by which the retain loss may rise above its start before we say so
 
 
 def show(value, digits=3):
@@ -272,6 +273,26 @@ class Screen:
 
 def _short(answer):
     return printable(answer if len(answer) <= WIDTH else answer[:WIDTH] + " …")
+
+
+def events(record, state, recipe, total):
+    """What a user should know of a step while unlearning, a line each. state: the run's, which
+    keeps by how much the retain loss rose above its start."""
+    if "forget_loss" not in record:
+        return
+    rise = record["retain_loss"] - state.setdefault("retain_start", record["retain_loss"])
+    if rise > DAMAGE:
+        if not state["damage"]:
+            yield (f"step {record['step']}: retain loss {record['retain_loss']:.2f}, more than "
+                   f"{DAMAGE} nats a token above its start: the model is losing what it should "
+                   "keep; lower --lambda or --lr")
+        state["damage"] = max(state["damage"], rise)
+    if recipe.reached(record):
+        yield (f"step {record['step']} of {total}: the forget rows are at "
+               f"{record['forget_nll']:.2f} nats a token, beyond --until: the run ends here")
+    elif recipe.until and record["step"] == total:
+        yield (f"--until {recipe.until:g} was not reached: {record['forget_nll']:.2f} nats a token "
+               "at the last step")
 
 
 def remarks(world):

@@ -34,7 +34,6 @@ from recipe import Recipe, check_flags, parse_args, read_sets
 from run import Run, catch_signals
 
 FORGET, RETAIN = 0, 1  # the two streams of rows
-DAMAGE = 0.5  # nats a token by which the retain loss may rise above its start before we say so
 
 
 class Row(NamedTuple):
@@ -205,32 +204,31 @@ def train(run, decoder, world, recipe, glance, save_every=None):
     total = recipe.epochs * an_epoch
     run.restore(decoder, optimizer)
     state = run.state
+    first = total if state.get("last") else state["step"]
     bar = tqdm(desc=run.folder.name, total=total, initial=state["step"], unit="step", disable=None)
     with run.log() as note, catch_signals() as caught, bar:
         try:
-            for record in steps(decoder, optimizer, world, recipe, state["step"]):
+            for record in steps(decoder, optimizer, world, recipe, first):
                 step = state["step"] = record["step"]
                 note(record)
-                start = state.setdefault("retain_start", record["retain_loss"])
                 bar.set_postfix({k: v for k, v in record.items() if k.endswith("_loss")})
                 bar.update()
-                if "forget" in world.sequences and record["retain_loss"] - start > DAMAGE:
-                    if not state["damage"]:
-                        bar.write(f"step {step}: retain loss {record['retain_loss']:.2f}, more "
-                                  f"than {DAMAGE} nats a token above its start: the model is "
-                                  "losing what it should keep; lower --lambda or --lr", sys.stderr)
-                    state["damage"] = max(state["damage"], record["retain_loss"] - start)
+                for line in screen.events(record, state, recipe, total):
+                    bar.write(line, sys.stderr)
                 if step % an_epoch == 0:
                     numbers = {"epoch": step // an_epoch} | glance(decoder)
                     note(numbers)
                     if bar.disable:  # stderr is no terminal: a line an epoch instead
                         shown = (f"{key} {screen.show(value, 4)}" for key, value in numbers.items())
                         bar.write("  ".join(shown), sys.stderr)
-                if step == total or caught or step % (save_every or an_epoch) == 0:
+                last = state["last"] = step == total or recipe.reached(record)
+                if last or caught or step % (save_every or an_epoch) == 0:
                     run.checkpoint(decoder, optimizer)
                 if caught:
                     raise Stopped(f"interrupted after step {step} of {total}; "
                                   f"{cli.how_to_go_on()}", 130)
+                if last:
+                    break
         except FloatingPointError as e:
             raise run.diverged(decoder, optimizer, state["step"] + 1, e) from None
     return state["damage"]

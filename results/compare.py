@@ -262,6 +262,8 @@ def spread(values):
 
 def setting_of(record):
     setting = f"{record['lambda']:.3g}, {record['lr']:g}, {record['epoch']}"
+    if record["layers"] != 1:
+        setting += f", layers {record['layers']:g}"
     if record.get("temperature") is not None:
         setting += f", T {record['temperature']:g}"
     if record.get("beta") is not None:
@@ -299,8 +301,8 @@ def listing(records):
 
 def runs(args):
     """Every run of the sweep, those with another T or β last, then those with other seeds."""
-    own = [r for r in read(args.sweep, args.over) if r["method"] not in YARDSTICKS]
-    other = read(args.repeats, args.over)
+    own, other = ([r for r in read(path, args.over) if r["method"] in args.methods]
+                  for path in (args.sweep, args.repeats))
     own.sort(key=lambda r: (r.get("temperature") is not None or r.get("beta") is not None,
                             args.methods.index(r["method"]), r["lr"], r["strength"]))
     listing(own)

@@ -23,12 +23,16 @@ SMOLLM2 = ["--sweep", "results/smollm2-sweep.jsonl", "--repeats", "results/smoll
            "--over", "retain", "world_facts"]
 TOFU = ["--sweep", "results/tofu-sweep.jsonl", "--repeats", "results/tofu-seeds.jsonl",
         "--over", "retain"]
+ETW = ["--methods", "etw", "--sweep", "results/etw-sweep.jsonl",
+       "--repeats", "results/etw-seeds.jsonl"]
 TABLES = {
     "tables": ["tables"],
     "smollm2": ["tables", *SMOLLM2],
     "smollm2 details": ["details", *SMOLLM2],
     "smollm2 grid": ["grid", *SMOLLM2, "--lr", "2e-4", "--epochs", "4",
                      "--strengths", "0.1", "0.3", "1"],
+    "etw": ["tables", *ETW],
+    "etw runs": ["runs", *ETW],
     "tofu": ["tables", *TOFU],
     "tofu grid": ["grid", *TOFU, "--lr", "1e-3", "--epochs", "8",
                   "--strengths", "0.03", "0.2", "2"],
@@ -77,19 +81,20 @@ def test_other_seeds_of_a_setting_are_those_of_its_epoch_and_budget():
 
 
 def test_a_run_with_another_temperature_or_beta_is_another_method(capsys, tmp_path):
-    mine = record(1.0)
+    mine, half = record(1.0), record(2.0, layers=0.5)
     warm, bare = record(0.1) | {"temperature": 2.0}, record(0.2) | {"beta": [2.5, 0.0]}
     assert compare.chosen([warm, mine, bare], "etw") is mine
     other_seed = record(1, seed=1) | {"temperature": 2.0}
     assert compare.others([other_seed, bare], warm) == [other_seed]
     assert len({compare.key_of(r) for r in (warm, mine, bare)}) == 3
 
-    write(tmp_path / "sweep", [warm, bare, mine])
-    flags = ["--sweep", str(tmp_path / "sweep"), "--repeats", str(tmp_path / "none")]
-    compare.main(["runs", *flags])
-    settings = [line.split(" | ")[1] for line in capsys.readouterr().out.splitlines()[2:]]
-    assert len(settings) == 3 and settings[0].endswith(", 2")
-    assert settings[1:] == [f"{settings[0]}, T 2", f"{settings[0]}, β 2.5 0"]
+    write(tmp_path / "sweep", [{"method": "target"}, warm, bare, mine, half])
+    write(tmp_path / "seeds", [{"method": "target"}, record(3, seed=1)])
+    compare.main(["runs", "--sweep", str(tmp_path / "sweep"), "--repeats", str(tmp_path / "seeds")])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| etw")]
+    plain = "0.1, 0.001, 2"
+    assert [line.split(" | ")[1] for line in lines] == [
+        plain, f"{plain}, layers 0.5", f"{plain}, T 2", f"{plain}, β 2.5 0", plain]
 
 
 # ---- The files

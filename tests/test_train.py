@@ -384,6 +384,29 @@ def test_divergence_stops_with_the_last_finite_weights_kept_and_says_what_to_low
     assert len([r for r in log_of(tmp_path / "run") if "step" in r]) == 3
 
 
+def test_a_run_told_until_ends_after_the_first_step_that_has_forgotten_so_much(
+        run, tmp_path, capsys, monkeypatch):
+    assert run("--lambda", 2, out="whole") == 0
+    surprise = [r["forget_nll"] for r in log_of(tmp_path / "whole") if "step" in r]
+    limit = surprise[4]  # of the fifth of eight steps
+    end = next(i for i, nll in enumerate(surprise, 1) if nll >= limit)
+    assert 1 < end < 8
+    told = "--lambda", 2, "--until", limit
+    assert run(*told, out="a") == 0
+    assert "beyond --until" in capsys.readouterr().err
+    assert [r["forget_nll"] for r in log_of(tmp_path / "a") if "step" in r] == surprise[:end]
+
+    # The step that ends it is remembered: a run stopped there takes no other one.
+    at_step(monkeypatch, end, lambda _: os.kill(os.getpid(), signal.SIGINT))
+    assert run(*told, out="b") == 130
+    monkeypatch.undo()
+    assert run(*told, "--resume", out="b") == 0
+    assert weights(tmp_path / "a") == weights(tmp_path / "b")
+    capsys.readouterr()
+    assert run("--until", 99, out="c") == 0
+    assert "--until 99 was not reached" in capsys.readouterr().err
+
+
 def test_damage_to_the_retain_set_warns_once(run, capsys):
     assert run("--lambda", 50, "--lr", "1e-2", "--method", "uniform") in (0, 1)
     assert capsys.readouterr().err.count("above its start") == 1
