@@ -286,9 +286,9 @@ def tables(args):
     print()
     listing([])
     for method, pick in picks.items():
-        own = others(seeds, pick)
-        cells = [spread([r.get(key) for r in own]) for key in COLUMNS]
-        print(row(method, setting_of(pick), *cells))
+        if own := others(seeds, pick):
+            cells = [spread([r.get(key) for r in own]) for key in COLUMNS]
+            print(row(method, setting_of(pick), *cells))
 
 
 def listing(records):
