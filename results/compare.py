@@ -14,7 +14,7 @@ target, the retrained model and with --untaught a third, each other one a run af
 runs are skipped, so what was killed goes on. The mean weight at the start differs by orders of
 magnitude between methods (imp .0005, wga 1), so the grid is laid over s = λ · mean ω at the start,
 with the same span for each (a negative ω, which keeps a token, counts as 0: s is the strength of
-the push).
+the push; at T 1 also where --temperature is another).
 
 The rule of choice, written down before any run. Of a method's runs with seed 0 that forgot (facts
 at least half as surprising as to the retrained model: `forget informative NLL`), or of all where
