@@ -511,6 +511,13 @@ def test_models_are_read_with_their_own_tokenizers_and_share_what_is_encoded_whe
     assert ids["tiny"] != ids["stranger"]
 
 
+def test_a_model_is_not_heard_to_talk_by_one_that_reads_other_tokens(run, stranger, tmp_path):
+    assert run(model=stranger, json=tmp_path / "out.json") == 0
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert not any(found[str(stranger)]["rows"]["forget"]["talk"])
+    assert found[str(stranger)]["measurements"].get("talk") is None
+
+
 @pytest.fixture
 def run(files, tiny, monkeypatch):
     """A function that evaluates `other`, with some arguments changed (None: left out)."""

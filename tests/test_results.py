@@ -80,20 +80,25 @@ def test_other_seeds_of_a_setting_are_those_of_its_epoch_and_budget():
 
 
 def test_a_run_with_another_temperature_or_beta_is_another_method(capsys, tmp_path):
-    mine, half = record(1.0), record(2.0, layers=0.5)
-    warm, bare = record(0.1) | {"temperature": 2.0}, record(0.2) | {"beta": [2.5, 0.0]}
+    mine, half = record(1.0), record(2.0, lost=3, layers=0.5)
+    warm = record(0.1, lost=1) | {"temperature": 2.0}
+    bare = record(0.2, lost=2) | {"beta": [2.5, 0.0]}
     assert compare.chosen([warm, mine, bare], "etw") is mine
     other_seed = record(1, seed=1) | {"temperature": 2.0}
     assert compare.others([other_seed, bare], warm) == [other_seed]
     assert len({compare.key_of(r) for r in (warm, mine, bare)}) == 3
 
-    write(tmp_path / "sweep", [{"method": "target"}, warm, bare, mine, half])
+    write(tmp_path / "sweep", [{"method": "target"}, mine, warm, bare, half])
     write(tmp_path / "seeds", [{"method": "target"}, record(3, seed=1)])
     compare.main(["runs", "--sweep", str(tmp_path / "sweep"), "--repeats", str(tmp_path / "seeds")])
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| etw")]
     plain = "0.1, 0.001, 2"
     assert [line.split(" | ")[1] for line in lines] == [
         plain, f"{plain}, layers 0.5", f"{plain}, T 2", f"{plain}, β 2.5 0", plain]
+    for flags, lost in ([], 0), (["--temperature", "2"], 1), (["--layers", "0.5"], 3):
+        compare.main(["grid", "--sweep", str(tmp_path / "sweep"), "--methods", "etw", "--lr",
+                      "1e-3", "--epochs", "2", "--strengths", "0.1", *flags])
+        assert capsys.readouterr().out.endswith(f"| etw | –, –, –, {lost}.00 |\n")
 
 
 # ---- The files
@@ -182,11 +187,18 @@ def test_a_comparison_goes_on_where_it_was_killed_and_ends_in_tables_and_a_pictu
     compare.main(["plot", *few])
     ElementTree.parse(tmp_path / "plot")
 
-    compare.main(["sweep", *few, "--methods", "npo", "--beta", "0.5", "--temperature", "2"])
-    *_, npo, _, variant = compare.read(sweep)
-    assert npo["beta"] is npo["temperature"] is None
-    assert variant["beta"] == [0.5] and variant["temperature"] == 2
-    assert variant["forget informative NLL"] != npo["forget informative NLL"]
+
+def test_a_temperature_and_betas_reach_the_weights_and_the_strength(few, tmp_path):
+    compare.main(["sweep", *few, "--methods", "etw", "keep", "wga"])
+    compare.main(["sweep", *few, "--methods", "etw", "keep", "--temperature", "4"])
+    compare.main(["sweep", *few, "--methods", "wga", "--beta", "2"])
+    _, _, etw, keep, wga, warm_etw, warm_keep, squared = compare.read(tmp_path / "sweep")
+    assert etw["beta"] is etw["temperature"] is None
+    assert warm_etw["temperature"] == 4 and squared["beta"] == [2]
+    for usual, other in (etw, warm_etw), (keep, warm_keep), (wga, squared):
+        assert usual["method"] == other["method"]
+        assert usual["forget informative NLL"] != other["forget informative NLL"]
+    assert squared["lambda"] > wga["lambda"]  # p² < p: for the same strength
 
 
 def test_the_mean_weight_that_a_grid_is_laid_over_is_that_of_the_push(monkeypatch):

@@ -291,6 +291,29 @@ def test_a_folder_that_holds_a_run_is_refused_unless_overwritten_and_other_folde
         assert run("--overwrite", out=place) == 2, place
 
 
+def test_until_is_refused_where_nothing_is_to_be_forgotten(world, tmp_path, capsys):
+    assert train.main(["--model", f"{world}/target", "--retain", f"{world}/retain.jsonl",
+                       "--until", "2", "--out", str(tmp_path / "run")]) == 2
+    assert "--until: needs rows to forget" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_talk_is_judged_by_the_retrained_model_else_by_the_starting_one(run, tiny, tmp_path):
+    for out, flags in ("alone", []), ("judged", ["--reference", tiny]):  # tiny: fresh weights
+        assert run("--epochs", 1, *flags, out=out) == 0
+    talk = {out: json.loads((tmp_path / out / "result.json").read_text())["before"]["talk"]
+            for out in ("alone", "judged")}
+    assert talk["alone"] < 1 and talk["judged"] > 3
+
+
+def test_rows_of_plain_text_are_forgotten_and_not_asked_as_questions(run, tmp_path, capsys):
+    (tmp_path / "text.jsonl").write_text('{"text": "Ada was born in Oru."}\n' * 2)
+    assert run("--forget", tmp_path / "text.jsonl", "--epochs", 1) == 0
+    out = capsys.readouterr().out
+    assert "forget NLL" in out and "retain: Where was" in out
+    assert "forget: " not in out and "None" not in out
+
+
 def test_rows_that_are_both_forgotten_and_retained_are_reported(run, world, capsys):
     assert run("--retain", world / "retain.jsonl", world / "forget.jsonl", "--epochs", 1) == 0
     assert "4 forget rows also stand in the retain set" in capsys.readouterr().err
