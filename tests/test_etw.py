@@ -276,7 +276,7 @@ def test_the_readme_recipe_pasted_into_etw_passes_all_tests_of_the_weighting_mat
     (tmp_path / "README.md").write_text(readme, "utf-8")
     (tmp_path / "conftest.py").write_text(
         "from hypothesis import settings\n"
-        "settings.register_profile('x', deadline=None, max_examples=10)\n"
+        "settings.register_profile('x', deadline=None, max_examples=10, derandomize=True)\n"
         "settings.load_profile('x')\n")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider",
                "--rootdir", str(tmp_path), "-k", "not pasted"]
@@ -344,7 +344,8 @@ def test_gradient_is_weight_times_onehot_minus_softmax(problem):
         grad = torch.autograd.grad(etw.forget_loss(logprobs, carrying, mask), hidden,
                                    retain_graph=True)[0]
         expected = weights[0, :, None] / len(targets) * (onehot - softmax) @ head
-        assert_close(grad, expected.detach(), atol=1e-5, rtol=1e-4, msg=name)
+        atol = 1e-5 * max(1, weights.abs().max().item())  # keep holds light tokens with 160
+        assert_close(grad, expected.detach(), atol=atol, rtol=1e-4, msg=name)
 
 
 @given(masked(20), st.integers(1, 6))
