@@ -147,13 +147,13 @@ def inside_spans(tokens):
     return inside * tokens.mask.sum(1, keepdim=True) / inside.sum(1, keepdim=True).clamp_min(1)
 
 
-def keep_the_rest(tokens, margin=3.0, sharpness=4.0, keep=160.0):
+def keep_the_rest(tokens, margin=2.5, sharpness=4.0, keep=10.0):
     """ω 2σ(s (log p + m)) − k max(0, 1 − ω), ω = n H / Σ H at the start. Ours, not the paper's.
 
     The push is 2ω on a known token and fades once its surprise passes the margin m, in nats, so
-    that nothing is driven on without end; tokens lighter than the mean (ω below k / (k + 2)) weigh
-    less than 0: they are trained to stay, by far the harder (k); the starting model says which is
-    which, as the current one's entropy follows what is already broken.
+    that nothing is driven on without end; light tokens (ω below k / (k + 2)) weigh less than 0:
+    they are trained to stay, the harder the larger k; the starting model says which is which, as
+    the current one's entropy follows what is already broken.
     """
     weights = etw_weights(tokens.reference_entropy, tokens.mask)
     gate = 2 * torch.sigmoid(sharpness * (tokens.logprobs + margin))

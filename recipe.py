@@ -19,7 +19,7 @@ def flag(default, type, help):
 @dataclass(frozen=True)
 class Recipe:
     """What the steps depend on, beside the model and the data: the paper's method. TUNED has other
-    defaults for `keep`; the β's of a formula have theirs in etw.py."""
+    defaults for `keep`; the β's of the other formulas have theirs in etw.py."""
     lam: float = flag(0.03, number(least=0), "λ, weight of the forget loss")
     temperature: float = flag(1.0, number(above=0), "T of the entropy's softmax(z/T)")
     epochs: int = flag(20, number(int, 1, 10**6), "passes through the forget (or taught) set")
@@ -51,7 +51,8 @@ class Recipe:
 
 
 # The defaults of flags where the method is not the paper's (see results/README.md).
-TUNED = {"keep": {"lam": 0.4, "lr": 1e-3, "epochs": 14, "layers": 0.25}}
+TUNED = {"keep": {"lam": 0.4, "lr": 1e-3, "epochs": 14, "layers": 0.25,
+                  "beta": [3, 4, 160]}}
 
 
 def parse_args(argv=None):
@@ -80,7 +81,9 @@ def parse_args(argv=None):
     add = p.add_argument_group("method and optimisation").add_argument
     add("--method", choices=etw.WEIGHTINGS, default="keep",
         help="how forget tokens are weighed, see etw.py")
-    add("--beta", type=number(least=0), nargs="+", help="all β's of the method's formula")
+    betas = (f"{method}: {' '.join(map(str, own['beta']))}" for method, own in TUNED.items())
+    add("--beta", type=number(least=0), nargs="+", default=SUPPRESS,
+        help=f"all β's of the method's formula (default: those of etw.py; {'; '.join(betas)})")
     for f in fields(Recipe):
         if f.metadata:
             name = {"lam": "lambda"}.get(f.name, f.name.replace("_", "-"))
@@ -100,6 +103,7 @@ def parse_args(argv=None):
     add("--overwrite", action="store_true", help="replace the run in --out")
     args = p.parse_args(argv)
     tuned = TUNED.get(args.method, {}) if args.forget else {}
+    args.beta = getattr(args, "beta", tuned.get("beta", []))
     for f in fields(Recipe):
         if f.metadata and getattr(args, f.name, None) is None:
             setattr(args, f.name, tuned.get(f.name, f.default))
@@ -109,7 +113,7 @@ def parse_args(argv=None):
 def check_flags(args):
     """Refuse flags that contradict each other, and fill in what the bundled world implies."""
     try:
-        etw.weigh(args.method, etw.ONE, *args.beta or ())
+        etw.weigh(args.method, etw.ONE, *args.beta)
     except ValueError as e:
         raise InputError(f"--beta: {e}") from None
     if args.until and not args.forget:

@@ -265,8 +265,7 @@ class Screen:
     def _heat(self, forget):
         colour = sys.stdout is not None and sys.stdout.isatty()
         for sequence, tokens in list(zip(forget.sequences, forget.tokens, strict=True))[:2]:
-            beta = self.args.beta or ()
-            weights = token_weights(self.args.method, sequence, tokens, tokens, beta)
+            weights = token_weights(self.args.method, sequence, tokens, tokens, self.args.beta)
             texts = pieces(self.world.tokenizer, sequence.tokens[sequence.start:])
             yield terminal_heat(texts, weights, colour)
 

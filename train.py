@@ -269,7 +269,7 @@ def unlearn(argv):
 def execute(run, args, source, world, device):
     """Measure, train, write, measure what was written, show it."""
     settings = {f.name: getattr(args, f.name) for f in fields(Recipe) if f.metadata}
-    recipe = Recipe(method=args.method, beta=tuple(args.beta or ()), dtype=world.dtype, **settings)
+    recipe = Recipe(method=args.method, beta=tuple(args.beta), dtype=world.dtype, **settings)
     shown = screen.Screen(args, world, device)
     decoder = (pretrained.fresh(source, args.seed, device) if args.from_scratch
                else pretrained.load(source, device))

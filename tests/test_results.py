@@ -27,6 +27,7 @@ ETW = ["--methods", "etw", "--sweep", "results/etw-sweep.jsonl",
        "--repeats", "results/etw-seeds.jsonl"]
 TABLES = {
     "tables": ["tables"],
+    "keep runs": ["runs", "--methods", "keep"],
     "smollm2": ["tables", *SMOLLM2],
     "smollm2 details": ["details", *SMOLLM2],
     "smollm2 runs": ["runs", *SMOLLM2],

@@ -19,6 +19,7 @@ import data
 import etw
 import measure
 import pretrained
+import recipe
 import train
 
 ROOT = Path(train.__file__).parent
@@ -241,6 +242,18 @@ def test_the_default_out_takes_the_next_free_name(run, tmp_path, monkeypatch):
     for name in ("runs/etw", "runs/etw-2"):
         assert train.main([*run.arguments, "--epochs", "1"]) == 0
         assert weights(tmp_path / name)
+
+
+def test_keep_has_its_own_defaults_only_where_rows_are_forgotten_and_a_flag_always_wins():
+    def settings(*flags):
+        args = recipe.parse_args(flags)
+        return args.lam, args.layers, args.beta
+
+    assert settings("--forget", "f.jsonl") == (0.4, 0.25, [3, 4, 160])
+    assert settings("--forget", "f.jsonl", "--beta", "2.5", "4", "10", "--layers", "1") == (
+        0.4, 1.0, [2.5, 4, 10])
+    for flags in ("--forget", "f.jsonl", "--method", "etw"), ("--retain", "r.jsonl"):
+        assert settings(*flags) == (train.Recipe().lam, 1.0, [])
 
 
 # ---- what it refuses
