@@ -18,8 +18,8 @@ def flag(default, type, help):
 
 @dataclass(frozen=True)
 class Recipe:
-    """What the steps depend on, beside the model and the data: the paper's method. TUNED has other
-    defaults for `keep`; the β's of the other formulas have theirs in etw.py."""
+    """What the steps depend on, beside the model and the data: the paper's method. train.py forgets
+    with `keep` by the defaults of TUNED; the β's of a formula have theirs in etw.py."""
     lam: float = flag(0.03, number(least=0), "λ, weight of the forget loss")
     temperature: float = flag(1.0, number(above=0), "T of the entropy's softmax(z/T)")
     epochs: int = flag(20, number(int, 1, 10**6), "passes through the forget (or taught) set")

@@ -12,7 +12,7 @@ All read and write results/sweep.jsonl (seed 0) and results/seeds.jsonl. The fir
 target, the retrained model and with --untaught a third, each other one a run after its last epoch
 (with --every N, also after every N epochs). A run's lines are written when it ends and finished
 runs are skipped, so what was killed goes on. The mean weight at the start differs by orders of
-magnitude between methods (imp .0005, wga 1), so the grid is laid over s = λ · mean ω at the start,
+magnitude between methods (imp .0001, wga 1), so the grid is laid over s = λ · mean ω at the start,
 with the same span for each (a negative ω, which keeps a token, counts as 0: s is the strength of
 the push; at T 1 also where --temperature is another).
 
@@ -230,13 +230,13 @@ def utility(record, names):
 # ---- What they say
 
 
-def chosen(records, method):
+def chosen(records, method, temperature=None, beta=None):
     """The setting of a method by the rule above; None if no run of it came to an end. Runs with
-    another T or β are another method's."""
+    another T or other β's are another method's."""
     goal = next((r for r in records if r["method"] == "retrained"), {})
     facts = "forget informative NLL"
     own = [r for r in records if r["method"] == method and r.get("distance") is not None
-           and r.get("temperature") is None and r.get("beta") is None]
+           and (r.get("temperature"), r.get("beta")) == (temperature, beta)]
     own = [r for r in own if (r.get(facts) or 0) >= (goal.get(facts) or 0) / 2] or own
     lean = [r for r in own if r["utility lost"] <= 2 and r["endless"] <= 0.05]
     mild = [r for r in own if r["utility lost"] <= 5]
@@ -278,7 +278,7 @@ def row(*cells):
 def tables(args):
     """The chosen settings: what seed 0 gave beside the yardsticks, what other seeds give."""
     sweep, seeds = read(args.sweep, args.over), read(args.repeats, args.over)
-    picks = {method: chosen(sweep, method) for method in args.methods}
+    picks = {method: chosen(sweep, method, args.temperature, args.beta) for method in args.methods}
     picks = {method: pick for method, pick in picks.items() if pick}
     listing([*(r for r in sweep if r["method"] in YARDSTICKS), *picks.values()])
     if not seeds:
@@ -382,8 +382,8 @@ def parse_args(argv):
     add("--seeds", type=int, nargs="+", default=[1, 2, 3], help="for repeat")
     add("--layers", type=float, default=1.0, help="share of the layers to train, as in train.py")
     add("--epochs", type=int, default=20, help="for sweep and grid")
-    add("--temperature", type=float, help="T of the entropy, for sweep and grid")
-    add("--beta", type=float, nargs="+", help="all β's of the formula, for sweep and grid")
+    add("--temperature", type=float, help="T; tables and repeat: of which runs to choose")
+    add("--beta", type=float, nargs="+", help="all β's of the formula, likewise")
     add("--every", type=int, default=0, help="epochs between measurements; 0: only at the end")
     add("--batch-size", type=int, default=16)
     add("--micro-batch-size", type=int)
@@ -417,8 +417,9 @@ def main(argv=None):
         do_runs(args, wanted, args.sweep)
     elif args.task == "repeat":
         sweep = read(args.sweep, args.over)
-        picks = [pick for method in args.methods if (pick := chosen(sweep, method))]
-        wanted = [(*(pick.get(k) for k in SETTING), seed) for seed in args.seeds for pick in picks]
+        picks = [chosen(sweep, method, args.temperature, args.beta) for method in args.methods]
+        wanted = [key_of(pick | {"seed": seed})[:-1]
+                  for seed in args.seeds for pick in picks if pick]
         do_runs(args, wanted, args.repeats)
     else:
         {"tables": tables, "details": details, "grid": grid, "runs": runs,

@@ -85,6 +85,8 @@ def test_a_run_with_another_temperature_or_beta_is_another_method(capsys, tmp_pa
     warm = record(0.1, lost=1) | {"temperature": 2.0}
     bare = record(0.2, lost=2) | {"beta": [2.5, 0.0]}
     assert compare.chosen([warm, mine, bare], "etw") is mine
+    assert compare.chosen([warm, mine, bare], "etw", 2.0) is warm
+    assert compare.chosen([warm, mine, bare], "etw", beta=[2.5, 0.0]) is bare
     other_seed = record(1, seed=1) | {"temperature": 2.0}
     assert compare.others([other_seed, bare], warm) == [other_seed]
     assert len({compare.key_of(r) for r in (warm, mine, bare)}) == 3
