@@ -296,10 +296,11 @@ def test_every_comparison_table_stands_whole_as_the_committed_runs_give_it(
 def test_the_verdict_in_the_readme_is_that_of_the_committed_runs():
     sweep = compare.read(ROOT / "results/smollm2-sweep.jsonl", SMOLLM2[-2:])
     page = (ROOT / "README.md").read_text("utf-8")
-    rows = re.findall(r"^\| \*?(\w+)\*? \| ([\d.]+) \| (.+) \|$", page, re.MULTILINE)
+    rows = re.findall(r"^\| \*?(\w+)(?:, T ([\d.]+))?\*? \| ([\d.]+) \| (.+) \|$", page,
+                      re.MULTILINE)
     assert len(rows) >= 5
-    for method, strength, cells in rows:
-        pick = compare.chosen(sweep, method)
+    for method, temperature, strength, cells in rows:
+        pick = compare.chosen(sweep, method, float(temperature) if temperature else None)
         keys = ("forget informative NLL", "forget other NLL", "talk", "endless", "-log10 FQ",
                 "utility lost")
         digits = 1, 1, 1, 2, 1, 1
