@@ -316,7 +316,8 @@ def details(args):
     each weighting, what is answered."""
     sweep = read(args.sweep, args.over)
     models = [r for r in sweep if r["method"] in YARDSTICKS]
-    models += [pick for method in args.methods if (pick := chosen(sweep, method))]
+    picks = [chosen(sweep, method, args.temperature, args.beta) for method in args.methods]
+    models += filter(None, picks)
     sets = dict.fromkeys(k.removesuffix(" rouge") for k in models[0] if k.endswith(" rouge"))
     parts = [f"{name} {part}" for name in sets for part in PARTS if name != "forget"]
     print(row("method", *parts, "model utility") + "\n" + "|---" * (len(parts) + 2) + "|")
@@ -382,7 +383,7 @@ def parse_args(argv):
     add("--seeds", type=int, nargs="+", default=[1, 2, 3], help="for repeat")
     add("--layers", type=float, default=1.0, help="share of the layers to train, as in train.py")
     add("--epochs", type=int, default=20, help="for sweep and grid")
-    add("--temperature", type=float, help="T; tables and repeat: of which runs to choose")
+    add("--temperature", type=float, help="T; tables, details, repeat: of which runs to choose")
     add("--beta", type=float, nargs="+", help="all β's of the formula, likewise")
     add("--every", type=int, default=0, help="epochs between measurements; 0: only at the end")
     add("--batch-size", type=int, default=16)
