@@ -30,6 +30,8 @@ TABLES = {
     "keep runs": ["runs", "--methods", "keep"],
     "smollm2": ["tables", *SMOLLM2],
     "smollm2 details": ["details", *SMOLLM2],
+    "smollm2 details at T 1.5": ["details", *SMOLLM2, "--temperature", "1.5",
+                                 "--methods", "etw", "keep"],
     "smollm2 runs": ["runs", *SMOLLM2],
     "etw": ["tables", *ETW],
     "etw runs": ["runs", *ETW],
