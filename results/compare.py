@@ -243,10 +243,17 @@ def chosen(records, method, temperature=None, beta=None):
     return min(lean or mild or own, key=lambda r: r["distance"], default=None)
 
 
+def picks(args, sweep):
+    """The chosen setting of each of --methods, if it has one, among those of --temperature and
+    --beta."""
+    found = (chosen(sweep, method, args.temperature, args.beta) for method in args.methods)
+    return [pick for pick in found if pick]
+
+
 def others(records, pick):
     """The runs of a chosen setting with other seeds, at its epoch."""
     keys = *SETTING, "epoch"
-    return [r for r in records if pick and all(r.get(k) == pick.get(k) for k in keys)]
+    return [r for r in records if all(r.get(k) == pick.get(k) for k in keys)]
 
 
 def show(value):
@@ -278,17 +285,15 @@ def row(*cells):
 def tables(args):
     """The chosen settings: what seed 0 gave beside the yardsticks, what other seeds give."""
     sweep, seeds = read(args.sweep, args.over), read(args.repeats, args.over)
-    picks = {method: chosen(sweep, method, args.temperature, args.beta) for method in args.methods}
-    picks = {method: pick for method, pick in picks.items() if pick}
-    listing([*(r for r in sweep if r["method"] in YARDSTICKS), *picks.values()])
+    listing([*(r for r in sweep if r["method"] in YARDSTICKS), *picks(args, sweep)])
     if not seeds:
         return
     print()
     listing([])
-    for method, pick in picks.items():
+    for pick in picks(args, sweep):
         if own := others(seeds, pick):
             cells = [spread([r.get(key) for r in own]) for key in COLUMNS]
-            print(row(method, setting_of(pick), *cells))
+            print(row(pick["method"], setting_of(pick), *cells))
 
 
 def listing(records):
@@ -315,9 +320,7 @@ def details(args):
     """Of the chosen settings and the yardsticks: the numbers that make up the utility, the AUC of
     each weighting, what is answered."""
     sweep = read(args.sweep, args.over)
-    models = [r for r in sweep if r["method"] in YARDSTICKS]
-    picks = [chosen(sweep, method, args.temperature, args.beta) for method in args.methods]
-    models += filter(None, picks)
+    models = [*(r for r in sweep if r["method"] in YARDSTICKS), *picks(args, sweep)]
     sets = dict.fromkeys(k.removesuffix(" rouge") for k in models[0] if k.endswith(" rouge"))
     parts = [f"{name} {part}" for name in sets for part in PARTS if name != "forget"]
     print(row("method", *parts, "model utility") + "\n" + "|---" * (len(parts) + 2) + "|")
@@ -357,10 +360,8 @@ def plot(args):
         return [record.get(f"{name} informative NLL"), record.get(f"{name} other NLL")]
 
     goals = {"retrained: the goal": place(sweep[1]), "never taught": place(sweep[0], "holdout")}
-    groups = {}
-    for method in args.methods:
-        if pick := chosen(sweep, method):
-            groups[method] = [place(r) for r in (pick, *others(seeds, pick))]
+    groups = {pick["method"]: [place(r) for r in (pick, *others(seeds, pick))]
+              for pick in picks(args, sweep)}
     cli.write_text(args.plot, svg_scatter(
         groups, goals, "NLL of the facts in forgotten answers, nats a token",
         "NLL of the words around them"))
@@ -383,7 +384,7 @@ def parse_args(argv):
     add("--seeds", type=int, nargs="+", default=[1, 2, 3], help="for repeat")
     add("--layers", type=float, default=1.0, help="share of the layers to train, as in train.py")
     add("--epochs", type=int, default=20, help="for sweep and grid")
-    add("--temperature", type=float, help="T; tables, details, repeat: of which runs to choose")
+    add("--temperature", type=float, help="T of the entropy, and of the runs to choose from")
     add("--beta", type=float, nargs="+", help="all β's of the formula, likewise")
     add("--every", type=int, default=0, help="epochs between measurements; 0: only at the end")
     add("--batch-size", type=int, default=16)
@@ -418,9 +419,8 @@ def main(argv=None):
         do_runs(args, wanted, args.sweep)
     elif args.task == "repeat":
         sweep = read(args.sweep, args.over)
-        picks = [chosen(sweep, method, args.temperature, args.beta) for method in args.methods]
         wanted = [key_of(pick | {"seed": seed})[:-1]
-                  for seed in args.seeds for pick in picks if pick]
+                  for seed in args.seeds for pick in picks(args, sweep)]
         do_runs(args, wanted, args.repeats)
     else:
         {"tables": tables, "details": details, "grid": grid, "runs": runs,

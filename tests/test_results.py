@@ -204,6 +204,9 @@ def test_a_temperature_and_betas_reach_the_weights_and_the_strength(few, tmp_pat
         assert usual["method"] == other["method"]
         assert usual["forget informative NLL"] != other["forget informative NLL"]
     assert squared["lambda"] > wga["lambda"]  # p² < p: for the same strength
+    compare.main(["repeat", *few, "--methods", "etw", "--temperature", "4", "--seeds", "1"])
+    *_, again = compare.read(tmp_path / "repeats")
+    assert again["temperature"] == 4 and again["seed"] == 1
 
 
 def test_the_mean_weight_that_a_grid_is_laid_over_is_that_of_the_push(monkeypatch):
