@@ -24,13 +24,14 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 COMPANIONS = """generation_config.json tokenizer.json tokenizer_config.json tokenizer.model
     special_tokens_map.json added_tokens.json vocab.json merges.txt chat_template.jinja
     chat_template.json""".split()
-DTYPES = "F32", "F16", "BF16"  # safetensors' names
+DTYPES = "F64", "F32", "F16", "BF16"  # safetensors' names
 CONSTANTS = r"(.*\.)?(attn\.(masked_)?bias|rotary_emb\.inv_freq)"  # stored in old files, not needed
 GELU_TANH = partial(F.gelu, approximate="tanh")
 ACTIVATIONS = {"silu": F.silu, "swish": F.silu, "relu": F.relu, "gelu": F.gelu,
                "gelu_new": GELU_TANH, "gelu_pytorch_tanh": GELU_TANH}
 REFUSED = {"quantization_config": "quantised weights", "add_cross_attention": "cross-attention",
            "num_experts": "mixture of experts", "num_local_experts": "mixture of experts"}
+TWO_NAMES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
 NULLS = "num_key_value_heads", "head_dim", "sliding_window"  # as many as heads, D / H, none
 
 # ---- Families
@@ -47,7 +48,7 @@ class Family(NamedTuple):
     network: dict = {}  # fields of Config, beyond NETWORK; a string is the key that says
     rotary: bool = True  # else positions are learned
     window: str = "unused"  # sliding_window: unused, in use if "set", or if "asked" for as well
-    keys: dict = {}  # keys of config.json, None for what this family lacks
+    keys: dict = {}  # keys of config.json, None for what it lacks; TWO_NAMES go by Llama's, too
     names: dict = {}  # modules in the file
     prefix: str = "model."  # of the names in the file
     transposed: str = "none"  # pattern of the matrices that are stored as (in, out)
@@ -112,9 +113,9 @@ class Keys:
             self.refuse(f"{self.names.get(key, key)} must be {kind}, not {found}")
         return value
 
-    def size(self, key, default=None, high=2**24):
-        return self.get(key, default, lambda v: type(v) is int and 1 <= v <= high,
-                        f"a whole number from 1 to {high}")
+    def size(self, key, default=None, high=2**24, low=1):
+        return self.get(key, default, lambda v: type(v) is int and low <= v <= high,
+                        f"a whole number from {low} to {high}")
 
     def number(self, key, default=None):
         return float(self.get(key, default, lambda v: type(v) in (int, float) and 0 < v < 1e30,
@@ -139,12 +140,17 @@ def read_config(folder):
     for key, what in REFUSED.items():
         if raw.get(key):
             raise InputError(f"{where}: {key}: {what} is not supported: use another model")
+    if raw.get("is_causal") is False:
+        raise InputError(f"{where}: is_causal false: a model that looks ahead has no next token: "
+                         "use another model")
     family = FAMILIES[Keys(where, raw).choice("model_type", FAMILIES)]
 
     # A null is as good as an absent key, but for NULLS, where it has a meaning of its own.
-    renamed = raw | {ours: raw.get(theirs) for ours, theirs in family.keys.items()}
+    names = {ours: theirs for ours, theirs in family.keys.items()
+             if ours not in TWO_NAMES or raw.get(ours) is None}
+    renamed = raw | {ours: raw.get(theirs) for ours, theirs in names.items()}
     given = {k: v for k, v in renamed.items() if v is not None or k in NULLS}
-    keys = Keys(where, ASSUMED | family.assumed | given, family.keys)
+    keys = Keys(where, ASSUMED | family.assumed | given, names)
     return _config(keys, family), Files(Path(folder), text, keys, family, {})
 
 
@@ -183,10 +189,14 @@ def _config(keys, family):
 def _refuse_windows(keys, when, layers, context):
     """A window narrower than the context would hide tokens that our attention sees."""
     types, window = keys.values.get("layer_types"), keys.values.get("sliding_window")
-    if types not in (None, ["full_attention"] * layers):
-        keys.refuse("layer_types other than full_attention for each layer are not supported")
-    asked = when == "asked" and types is None and keys.flag("use_sliding_window")
-    used = when == "set" or (asked and layers > keys.size("max_window_layers", 28))
+    if types is None:
+        asked = when == "asked" and keys.flag("use_sliding_window")
+        used = when == "set" or (asked and layers > keys.size("max_window_layers", 28, low=0))
+    else:
+        if (not isinstance(types, list) or len(types) != layers
+                or any(t not in ("full_attention", "sliding_attention") for t in types)):
+            keys.refuse("layer_types must be full_attention or sliding_attention for each layer")
+        used = "sliding_attention" in types
     if used and window is not None and not (type(window) is int and window >= context):
         keys.refuse(f"sliding_window {str(window)[:40]} is in use and not supported, "
                     f"as the context is {context}")
@@ -200,6 +210,8 @@ def _rotary_frequencies(keys, head_dim, context):
         keys.refuse("rope_scaling and rope_parameters must be objects of numbers")
     rope = {k: outer[k] for k in ("rope_theta", "partial_rotary_factor") if k in outer} | rope
     rope = {"rope_type": rope.get("type", "default")} | rope
+    if old_context := outer.get("original_max_position_embeddings"):  # goes before the inner one
+        rope["original_max_position_embeddings"] = old_context
     keys = Keys(f"{keys.where}: rotary settings", rope)
     kind = keys.choice("rope_type", ["default", "linear", "llama3"])
     if head_dim % 2 or keys.number("partial_rotary_factor", 1) != 1:
@@ -439,11 +451,14 @@ def _stored_tensors(decoder):
                 raise InputError(f"{file}: {name} is stored twice: remove one of the two")
             found[stored], have[stored] = (file, handle, name), list(shape)
 
+    tied, embedding = decoder.lm_head is None, next(iter(_stored_names(decoder)))
+    if tied and embedding not in found and "lm_head.weight" in found:  # it goes by either name
+        found[embedding], have[embedding] = found.pop("lm_head.weight"), have.pop("lm_head.weight")
     ours, want = dict(decoder.named_parameters()), {}
     for stored, names in _stored_names(decoder).items():
         whole = torch.cat([ours[name] for name in names])
         want[stored] = list(_turned(decoder.files.family, stored, whole).shape)
-    spare = {"lm_head.weight"} if decoder.lm_head is None else set()
+    spare = {"lm_head.weight"} if tied else set()
     lists = {"missing": want.keys() - have.keys(), "unexpected": have.keys() - want.keys() - spare,
              "of another shape": [f"{k} is {have[k]} instead of {shape}"
                                   for k, shape in want.items() if have.get(k, shape) != shape]}

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import resource
 import shutil
 import socket
@@ -14,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from test_model import (
+    CONFIGS,
     FIXTURES,
     LLAMA,
     LLAMA3,
@@ -48,6 +50,23 @@ def test_keys_absent_from_config_json_mean_what_transformers_assumes(transformer
     assert files.keys.number("initializer_range") == theirs.initializer_range
     for name in ("max_position_embeddings", "tie_word_embeddings"):
         assert getattr(ours, name) == getattr(theirs, name), name
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        dict(CONFIGS["llama"], original_max_position_embeddings=16),
+        dict(CONFIGS["gpt2"], num_attention_heads=2, num_hidden_layers=1),
+        dict(LLAMA, model_type="mistral", head_dim=8, sliding_window=8,
+             layer_types=["full_attention"] * 2)],
+    ids=["old context", "gpt2", "windows"],
+)
+def test_of_two_keys_for_one_thing_the_one_that_transformers_follows_counts(
+    transformers, tmp_path, raw
+):
+    oracle, tokens = oracle_model(transformers, tmp_path, raw), some_tokens(2, 100)
+    with torch.no_grad():
+        assert relative_error(pretrained.load(tmp_path)(tokens), oracle(tokens).logits) < 1e-4
 
 
 def test_a_new_family_of_the_llama_kind_is_one_entry(transformers, tmp_path, monkeypatch):
@@ -122,6 +141,20 @@ def test_what_old_files_store_and_nobody_needs_is_accepted(folder):
     assert load_file(folder / WEIGHTS).keys() == weights.keys()
 
 
+def test_a_tied_embedding_may_be_stored_as_the_head_alone(folder):
+    """So safetensors' save_model writes it: of two names for one tensor it keeps the first."""
+    decoder, weights = pretrained.load(folder), load_file(folder / WEIGHTS)
+    if decoder.lm_head is None:
+        embedding = next(name for name in weights if re.search("embed_tokens|wte", name))
+        weights["lm_head.weight"] = weights.pop(embedding)
+        save_file(weights, folder / WEIGHTS)
+        again = pretrained.load(folder)
+        assert torch.equal(again(some_tokens(1, 20)), decoder(some_tokens(1, 20)))
+        pretrained.save(again, folder)
+        assert load_file(folder / WEIGHTS).keys() == weights.keys() - {"lm_head.weight"} | {
+            embedding}
+
+
 def test_fresh_weights_follow_the_seed_and_need_no_weights_in_the_folder(folder):
     (folder / WEIGHTS).unlink()
     edit_json(folder / "config.json", torch_dtype="bfloat16")
@@ -151,6 +184,7 @@ REFUSED_SETTINGS = [  # what is changed in config.json, what the refusal must na
     (dict(model_type="qwen3_moe"), "qwen3_moe"),
     (dict(num_local_experts=8), "mixture of experts"),
     (dict(add_cross_attention=True), "add_cross_attention"),
+    (dict(is_causal=False), "is_causal"),
     (dict(quantization_config={"quant_method": "gptq"}), "quantization_config"),
     # positions
     *(
@@ -180,8 +214,11 @@ REFUSED_SETTINGS = [  # what is changed in config.json, what the refusal must na
     (dict(hidden_act="quick_gelu"), "quick_gelu"),
     (dict(num_attention_heads=5, head_dim=None), "attention heads"),
     # windows
-    (dict(layer_types=["sliding_attention"] * 2), "layer_types"),
-    (dict(layer_types="full"), "layer_types"),
+    (dict(layer_types=["full_attention", "sliding_attention"], sliding_window=8), "sliding_window"),
+    *(
+        (dict(layer_types=types), "layer_types")
+        for types in ("full", ["full_attention"], ["full_attention", "linear_attention"], [[], []])
+    ),
     (dict(model_type="mistral", sliding_window=128), "sliding_window"),
     (dict(model_type="mistral", sliding_window=..., max_position_embeddings=8192), "4096"),
     (
@@ -277,7 +314,12 @@ def test_what_is_broken_or_not_supported_is_refused_by_name(tmp_path, spoil, nam
         dict(model_type="mistral", sliding_window=None),
         dict(model_type="mistral", sliding_window=256),
         dict(model_type="qwen2", use_sliding_window=False, sliding_window=8),
-        dict(model_type="qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=2)],
+        dict(model_type="qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=2),
+        dict(
+            model_type="qwen2", use_sliding_window=True, sliding_window=256, max_window_layers=0),
+        dict(
+            model_type="qwen2", use_sliding_window=True, sliding_window=256,
+            layer_types=["full_attention", "sliding_attention"])],
 )
 def test_windows_that_no_layer_uses_are_accepted(tmp_path, changes):
     shutil.copy(FIXTURES / "llama" / "config.json", tmp_path)
