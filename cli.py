@@ -131,6 +131,8 @@ def check_output(flag, path, inputs, head):
     """
     path, another = Path(path), "name another file"
     folder = path.absolute().parent
+    if len(os.fsencode(path.name)) > 255:
+        raise InputError(f"{flag} {path.name:.40}…: the name is too long: {another}")
     if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
         raise InputError(f"{flag} {path}: cannot be written there: {another}")
     if any(same(path, other) for other in inputs if other):
@@ -144,7 +146,7 @@ def check_output(flag, path, inputs, head):
 def write_aside(path, write):
     """Let write(aside) make a file, flush and rename it: path is the old file or the new one."""
     path = Path(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.aside")
+    aside = path.with_name(f".{path.name[:50]}.{os.getpid()}.aside")
     try:
         write(aside)
         with open(aside, "rb+") as file:

@@ -28,6 +28,7 @@ import pretrained
 from cli import InputError, Stopped
 
 FILES = "log.jsonl", "checkpoint.pt", "result.json", "model.safetensors"
+DESCRIBED = "config.json", "tokenizer.json", "tokenizer_config.json"  # what makes a model, beside
 MARKS = {"method", "data_sha256", "versions", "git_commit"}  # an args.json with these keys is ours
 MAY_CHANGE = {"command", "versions", "git_commit", "save_every", "measure_rows"}  # kill to resume
 ASIDE = re.compile(r"\..+\.\d+\.aside")  # what a killed writer leaves
@@ -38,8 +39,10 @@ class Run:
 
     def __init__(self, args, files, models):
         """args: the parsed flags; files: data and weights, whose content makes the run what it is;
-        models: the folders that are read."""
-        self.identity, self.lock = identity(args, files), None
+        models: the folders that are read, the one to start from first."""
+        self.source = models[0]
+        described = (path for name in DESCRIBED if (path := self.source / name).is_file())
+        self.identity, self.lock = identity(args, [*files, *described]), None
         self.base = None if args.out else Path("runs") / (args.method if args.forget else "teach")
         self.folder = Path(args.out) if args.out else self._default(args.resume)
         self.replaces = False  # an older run, whose weights stay until our first checkpoint
@@ -49,6 +52,10 @@ class Run:
         if any(cli.same(self.folder, model) for model in models):
             raise InputError(f"--out {self.folder}: is the folder of --model or --reference: "
                              "choose another")
+        for file in files:
+            if any(cli.same(file, self.folder / name) for name in FILES):
+                raise InputError(f"--out {self.folder}: this command reads {file}, which a run "
+                                 "would replace: choose another")
         self._check_place()
         cli.resumable = None
         if (args.out or args.resume) and self.folder.exists():
@@ -136,7 +143,8 @@ class Run:
 
     def _is_finished(self, folder):
         result = cli.read_json(folder / "result.json")
-        return result.get("args_sha256") == self.digest and not (folder / "checkpoint.pt").exists()
+        return (result.get("args_sha256") == self.digest and not (folder / "checkpoint.pt").exists()
+                and (folder / "model.safetensors").exists())
 
     @property
     def finished(self):
@@ -166,10 +174,19 @@ class Run:
             if ASIDE.fullmatch(path.name):
                 path.unlink()
         if self.replaces:
-            for name in ("checkpoint.pt", "result.json"):
+            others = [c for c in pretrained.COMPANIONS if not (self.source / c).exists()]
+            for name in ("checkpoint.pt", "result.json", *others):
                 (self.folder / name).unlink(missing_ok=True)
         if self.replaces or not (self.folder / "args.json").exists():
             cli.write_json(self.folder / "args.json", self.identity)
+
+    def _still_here(self):
+        """Stopped if the name of the folder no longer leads to the one that is locked."""
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.fstat(self.lock), os.stat(self.folder)):
+                return
+        raise Stopped(f"{self.folder}: was moved or removed while this run was writing it; nothing "
+                      "to resume there, go on with --resume --out where it is now", 1)
 
     @contextlib.contextmanager
     def log(self):
@@ -205,6 +222,7 @@ class Run:
         """Write weights, moments and state. FloatingPointError if a weight is not finite."""
         if not all(p.isfinite().all() for p in decoder.parameters()):
             raise FloatingPointError("the weights")
+        self._still_here()
         os.fsync(self.file.fileno())
         self.state["log"] = self.file.tell()
 
@@ -225,6 +243,7 @@ class Run:
     def diverged(self, decoder, optimizer, step, error):
         """What to raise at a number that is not finite; the last good state becomes the model."""
         kept = "nothing but the log was written there: no checkpoint had been reached"
+        self._still_here()
         if cli.resumable:
             self.restore(decoder, optimizer)
             kept = f"the last good state, of step {self.state['step']}, is there"
@@ -237,6 +256,7 @@ class Run:
 
     def save(self, decoder):
         """Write the model; Stopped if a weight is not finite in the precision of its file."""
+        self._still_here()
         try:
             pretrained.save(decoder, self.folder)
         except FloatingPointError as e:
@@ -245,6 +265,7 @@ class Run:
 
     def finish(self, result):
         """Write result.json; weights with it and no checkpoint: the run is finished."""
+        self._still_here()
         cli.write_json(self.folder / "result.json", result | {"args_sha256": self.digest})
         (self.folder / "checkpoint.pt").unlink(missing_ok=True)
         cli.resumable = None
@@ -281,7 +302,7 @@ def identity(args, files):
     except (OSError, subprocess.CalledProcessError):  # no git, or not a checkout
         commit = None
     return flags | {
-        "command": shlex.join(sys.argv),
+        "command": cli.printable(shlex.join(sys.argv)),
         "data_sha256": {str(path): sha256(path) for path in files},
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "git_commit": commit}

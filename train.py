@@ -243,26 +243,26 @@ def unlearn(argv):
     check_flags(args)
     device, dtype = cli.pick_device(args.device, args.dtype)
     source = pretrained.resolve(args.model)
-    size = pretrained.check_memory(source, device, bytes_each=16)  # weight, gradient, moments
-    context = pretrained.read_config(source)[0].max_position_embeddings
+    pretrained.check_memory(source, device, bytes_each=16)  # weight, gradient, moments
     weights = [] if args.from_scratch else pretrained.weight_files(pretrained.check(source))
     models = [source, pretrained.check(args.reference)] if args.reference else [source]
+    context, *other = (pretrained.read_config(m)[0].max_position_embeddings for m in models)
     length = args.max_length or min(context, 1024)
     if not 2 <= length <= context:
         raise InputError(f"--max-length {length}: the model's context is {context} tokens: "
                          "give at most that, at least 2")
     sets, files = read_sets(args)
     tokenizer = data.Tokenizer(source, args.template)
-    if args.reference and tokenizer.key != data.Tokenizer(models[-1], args.template).key:
-        raise InputError(f"--reference {args.reference}: its tokenizer is not --model's: give a "
-                         "model retrained from the same one")
+    if args.reference and (other[0] < context
+                           or tokenizer.key != data.Tokenizer(models[-1], args.template).key):
+        raise InputError(f"--reference {args.reference}: its tokenizer is not --model's, or its "
+                         "context is shorter: give a model retrained from the same one")
     world = measure.World(sets, tokenizer, length, dtype=dtype, temperature=args.temperature,
                           most=args.measure_rows)
     with closing(Run(args, [*files, *weights], models)) as run:
         if run.finished:
             print(f"{run.folder}: this run is finished; there is nothing to resume")
         else:
-            print(f"{source}: {size / 1e6:,.1f} million parameters on {device}", file=sys.stderr)
             execute(run, args, source, world, device)
 
 
@@ -273,6 +273,8 @@ def execute(run, args, source, world, device):
     shown = screen.Screen(args, world, device)
     decoder = (pretrained.fresh(source, args.seed, device) if args.from_scratch
                else pretrained.load(source, device))
+    size = sum(p.numel() for p in decoder.parameters())
+    print(f"{source}: {size / 1e6:,.1f} million parameters on {device}", file=sys.stderr)
     decoder.checkpointing = args.gradient_checkpointing
     shown.before(decoder)
     if args.forget and etw.needs_start(args.method):  # once: no second model stays in memory

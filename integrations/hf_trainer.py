@@ -91,15 +91,21 @@ def main(argv=None):
     p.add_argument("--method", choices=METHODS, default="etw")
     p.add_argument("--beta", type=float, nargs="+", default=(), help="β's of the method")
     p.add_argument("--template", choices=data.TEMPLATES, help="instead of the tokenizer's own")
-    for flag, usual, what in (("--lambda", 0.03, "λ"), ("--temperature", 1.0, "T of the entropy"),
-                              ("--epochs", 10, "passes"), ("--max-length", 512, "tokens a row")):
-        p.add_argument(flag, type=type(usual), default=usual, help=f"{what} ({usual})")
+    for flag, usual, kind, what in (("--lambda", 0.03, cli.number(least=0), "λ"),
+                                    ("--temperature", 1.0, cli.number(above=0), "T of the entropy"),
+                                    ("--epochs", 10, cli.number(int, least=1), "passes"),
+                                    ("--max-length", 512, cli.number(int, 2), "tokens a row")):
+        p.add_argument(flag, type=kind, default=usual, help=f"{what} ({usual})")
     own, rest = p.parse_known_args(argv)
     # The data set holds every pass in train.py's order: to the Trainer it is one epoch.
     usual = "--learning_rate 1e-5 --weight_decay 0.01 --save_strategy no --logging_steps 1".split()
     fixed = "--train_sampling_strategy sequential --num_train_epochs 1 --output_dir".split()
-    args, = hf.HfArgumentParser(hf.TrainingArguments).parse_args_into_dataclasses(
-        [*usual, *rest, *fixed, own.out])
+    parser = hf.HfArgumentParser(hf.TrainingArguments)
+    try:
+        etw.weigh(own.method, etw.ONE, *own.beta)
+        args, = parser.parse_args_into_dataclasses([*usual, *rest, *fixed, own.out])
+    except ValueError as e:  # a flag that nobody knows, or a value
+        p.error(f"{e}")
     tokenizer = hf.AutoTokenizer.from_pretrained(own.model)
     encoder, drawn = ChatEncoder(tokenizer, own.template), []
     for stream, path in enumerate((own.forget, own.retain)):

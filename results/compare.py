@@ -210,9 +210,9 @@ def read(path, over=()):
     for line in Path(path).read_text("utf-8").splitlines() if Path(path).exists() else ():
         try:
             record = json.loads(line)
-        except json.JSONDecodeError:
+            records[key_of(record)] = record
+        except (json.JSONDecodeError, AttributeError):
             continue
-        records[key_of(record)] = record
     records = list(records.values())
     if over:
         start = utility(records[0], over) if records else None
@@ -362,9 +362,10 @@ def plot(args):
     goals = {"retrained: the goal": place(sweep[1]), "never taught": place(sweep[0], "holdout")}
     groups = {pick["method"]: [place(r) for r in (pick, *others(seeds, pick))]
               for pick in picks(args, sweep)}
-    cli.write_text(args.plot, svg_scatter(
-        groups, goals, "NLL of the facts in forgotten answers, nats a token",
-        "NLL of the words around them"))
+    svg = svg_scatter(groups, goals, "NLL of the facts in forgotten answers, nats a token",
+                      "NLL of the words around them")
+    cli.check_output("--plot", args.plot, [args.sweep, args.repeats], svg.split(">")[0][:20])
+    cli.write_text(args.plot, svg)
 
 
 # ---- The command line
@@ -390,7 +391,7 @@ def parse_args(argv):
     add("--batch-size", type=int, default=16)
     add("--micro-batch-size", type=int)
     add("--part", type=int, default=0, help="with --parts: every so many-th run, to share them out")
-    add("--parts", type=int, default=1)
+    add("--parts", type=cli.number(int, 1), default=1)
     add("--threads", type=int, default=torch.get_num_threads())
     add("--device", default="auto")
     add("--model", default="weights/target")
@@ -412,6 +413,8 @@ def parse_args(argv):
 
 def main(argv=None):
     args = parse_args(argv)
+    if args.task != "sweep" and not read(args.sweep):
+        raise cli.InputError(f"--sweep {args.sweep}: holds no run: `sweep` makes it")
     if args.task == "sweep":
         beta = args.beta and tuple(args.beta)
         wanted = [(method, strength, lr, args.epochs, args.layers, args.temperature, beta, 0)
@@ -428,4 +431,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(cli.guarded("compare.py", main, None))

@@ -72,6 +72,8 @@ def main(argv=None):
     p.add_argument("--authors", type=int, default=60, help="to retain")
     p.add_argument("--rows", type=int, nargs=2, default=(20, 20), metavar=("FORGET", "RETAIN"))
     args = p.parse_args(argv)
+    if args.out.exists() and any(args.out.iterdir()):
+        p.error(f"{args.out}: exists and is not empty: name a new folder")
 
     def read(name):
         lines = (args.source / f"{name}.jsonl").read_text("utf-8").splitlines()

@@ -730,6 +730,13 @@ def test_nothing_of_the_users_is_overwritten(run, files, tiny, tmp_path, capsys,
     )
 
 
+def test_a_name_as_long_as_a_file_system_takes_is_written(tmp_path):
+    cli.write_json(tmp_path / ("ä" * 127), 1)
+    assert [p.read_text() for p in tmp_path.iterdir()] == ["1\n"]
+    with pytest.raises(InputError, match="too long"):
+        cli.check_output("--json", tmp_path / ("ä" * 128), [], "")
+
+
 def test_one_file_for_both_outputs_is_refused(run, tmp_path, capsys):
     assert run(json=tmp_path / "x", heatmap=tmp_path / "x") == 2
     assert "--heatmap" in capsys.readouterr().err and not list(tmp_path.iterdir())

@@ -146,6 +146,11 @@ def test_the_trainer_refuses_what_it_cannot_weigh(folder, pairs, tmp_path, capsy
         with pytest.raises(SystemExit):
             hf_trainer.main(["--method", method])
         assert f"invalid choice: '{method}'" in capsys.readouterr().err
+    named = ["--model", str(folder), "--forget", "f", "--retain", "r", "--out", str(tmp_path / "o")]
+    for wrong in (["--nope"], ["--epochs", "0"], ["--beta", "1", "2"], ["--temperature", "0"]):
+        with pytest.raises(SystemExit):
+            hf_trainer.main([*named, *wrong])
+        assert wrong[0].strip("-") in capsys.readouterr().err
 
 
 # ---- Two processes

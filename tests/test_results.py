@@ -15,6 +15,7 @@ import smollm2
 import tofu
 import torch
 
+import cli
 import data
 import measure
 
@@ -189,8 +190,14 @@ def test_a_comparison_goes_on_where_it_was_killed_and_ends_in_tables_and_a_pictu
     compare.main(["details", *few])
     printed = capsys.readouterr().out
     assert "| on spans | " in printed and "\nWhere was Ada born?\n    target " in printed
-    compare.main(["plot", *few])
-    ElementTree.parse(tmp_path / "plot")
+    for _ in range(2):  # its own picture may be replaced, nothing else
+        compare.main(["plot", *few])
+        ElementTree.parse(tmp_path / "plot")
+    (tmp_path / "plot").write_text("dear")
+    with pytest.raises(cli.InputError, match="--plot"):
+        compare.main(["plot", *few])
+    with pytest.raises(cli.InputError, match="holds no run"):
+        compare.main(["tables", "--sweep", str(tmp_path / "none")])
 
 
 def test_a_temperature_and_betas_reach_the_weights_and_the_strength(few, tmp_path):
@@ -265,6 +272,10 @@ def test_a_small_tofu_world_takes_each_authors_shortest_rows_and_keeps_the_sets_
     assert not questions["forget"] & questions["holdout"]
     assert questions["retain_measured"] < questions["retain"]
     assert (tmp_path / "out/start/tokenizer.json").exists()
+    before = (tmp_path / "out/retain.jsonl").read_bytes()
+    with pytest.raises(SystemExit):  # what stands there may be the user's
+        tofu.main([str(tmp_path), str(tmp_path / "out")])
+    assert (tmp_path / "out/retain.jsonl").read_bytes() == before
 
 
 def test_another_file_than_the_one_whose_checksum_is_known_is_refused(capsys):

@@ -363,6 +363,23 @@ def test_an_out_that_vanishes_during_the_run_is_one_line(
     assert "nothing to resume" in told(capsys)
 
 
+def test_out_moved_and_its_name_given_to_another_run_is_left_to_that_one(
+        arguments, place, stubbed, capsys, monkeypatch):
+    def move(*_):
+        (place / "run").rename("moved")
+        (place / "run").mkdir()
+        for name in run.FILES:
+            (place / "run" / name).write_text("dear")
+
+    with monkeypatch.context() as once:
+        at_step(once, 2, move)
+        assert train.main([*arguments, "--out", "run"]) == 1
+    assert "was moved" in told(capsys)
+    assert {p.name: p.read_text() for p in (place / "run").iterdir()} == dict.fromkeys(
+        run.FILES, "dear")
+    assert train.main([*arguments, "--out", "moved", "--resume"]) == 0
+
+
 @pytest.mark.parametrize("error", [
     MemoryError(), torch.OutOfMemoryError("CUDA out of memory."),
     RuntimeError("[enforce fail at alloc_cpu.cpp:114] DefaultCPUAllocator: can't allocate memory")])
@@ -454,6 +471,54 @@ def test_a_flipped_bit_of_the_digest_itself_is_refused(interrupted, place, capsy
 
 
 # ---- resume and overwrite
+
+
+@pytest.mark.parametrize("name", run.DESCRIBED)
+def test_resume_refuses_a_model_whose_description_has_changed(
+        arguments, place, tiny, stubbed, monkeypatch, capsys, name):
+    shutil.copytree(tiny, "model")
+    flags = [*arguments, "--model", "model", "--out", "run"]
+    with monkeypatch.context() as once:
+        at_step(once, 2, lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        assert train.main(flags) == 130
+    capsys.readouterr()
+    whole = (place / "model" / name).read_text()
+    (place / "model" / name).write_text(whole.replace("{", '{"rope_theta": 5.0, ', 1))
+    assert train.main([*flags, "--resume"]) == 2
+    assert f"model/{name}" in told(capsys)
+    (place / "model" / name).write_text(whole)
+    assert train.main([*flags, "--resume"]) == 0
+
+
+def test_a_finished_run_whose_weights_are_gone_is_not_finished(arguments, place, stubbed):
+    flags, weights = [*arguments, "--out", "run"], place / "run/model.safetensors"
+    assert train.main(flags) == 0
+    before = weights.read_bytes()
+    weights.unlink()
+    assert train.main([*flags, "--resume"]) == 0
+    assert weights.read_bytes() == before
+
+
+def test_overwriting_leaves_no_tokenizer_file_that_the_new_model_lacks(
+        arguments, place, tiny, stubbed):
+    shutil.copytree(tiny, "model")
+    (place / "model/chat_template.jinja").write_text("{{ x }}")
+    assert train.main([*arguments, "--model", "model", "--out", "run"]) == 0
+    assert (place / "run/chat_template.jinja").exists()
+    assert train.main([*arguments, "--out", "run", "--overwrite"]) == 0
+    assert not (place / "run/chat_template.jinja").exists()
+    assert (place / "run/tokenizer_config.json").exists()
+
+
+@pytest.mark.parametrize("name", ["log.jsonl", "result.json"])
+def test_what_a_run_would_replace_is_not_read_as_its_data(
+        arguments, place, stubbed, capsys, name):
+    assert train.main([*arguments, "--out", "run"]) == 0
+    rows = (place.parent / "retain.jsonl").read_text()
+    (place / "run" / name).write_text(rows)
+    flags = [*arguments, "--retain", f"run/../run/{name}", "--out", "run", "--overwrite"]
+    assert train.main(flags) == 2
+    assert name in told(capsys) and (place / "run" / name).read_text() == rows
 
 
 def test_overwriting_keeps_the_old_weights_until_the_first_checkpoint_of_the_new_run(

@@ -5,6 +5,7 @@ import math
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -224,7 +225,9 @@ def test_a_run_folder_holds_a_model_its_arguments_and_a_log_of_steps_and_epochs(
     assert pretrained.load(out) and data.Tokenizer(out) and not (out / "checkpoint.pt").exists()
     kept, log = json.loads((out / "args.json").read_text()), log_of(out)
     assert (kept["lambda"] == 0.1 and kept["seed"] == 0
-            and len(kept["data_sha256"]) == 3
+            and [Path(p).name for p in kept["data_sha256"]] == [
+                "forget.jsonl", "retain.jsonl", "model.safetensors", "config.json",
+                "tokenizer.json", "tokenizer_config.json"]
             and kept["versions"]["torch"])
     steps = [r for r in log if "step" in r]
     assert [r["step"] for r in steps] == list(range(1, 9))
@@ -287,6 +290,16 @@ def test_a_retrained_model_that_reads_other_tokens_is_no_reference(
     """What would be compared are log-probabilities of different tokens."""
     assert run("--reference", stranger) == 2
     assert f"--reference {stranger}: its tokenizer is not --model's" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_retrained_model_of_a_shorter_context_is_refused_before_the_run(
+        run, tiny, tmp_path, capsys):
+    short = Path(shutil.copytree(tiny, tmp_path / "short"))
+    config = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 100}))
+    assert run("--reference", short) == 2
+    assert f"--reference {short}: " in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
