@@ -227,9 +227,10 @@ def encode(examples, tokenizer, max_length, answers=None):
 
     Prompt and answer are tokenised together and the answer is what follows the prompt's own number
     of tokens; where the prompt's tokens are not a prefix of the whole, the two are tokenised apart.
-    Then comes the end token. An answer beyond max_length tokens is cut; a `text` row becomes
-    windows that overlap by one token, so that every token after the first is a target once.
-    Returns (sequences, number of answers cut). InputError if a prompt leaves no room for an answer.
+    Then comes the end token. What is beyond max_length tokens of a row, prompt and end included, is
+    cut; a `text` row becomes windows that overlap by one token, so that every token after the first
+    is a target once. Returns (sequences, number of answers cut). InputError if a prompt leaves no
+    room for an answer or a text is a single token.
     """
     sequences, cut = [], 0
     for row, example in enumerate(examples):

@@ -66,7 +66,10 @@ def _stats(logits, targets, temperature):
 
 
 def entropy_of(all_logprobs, temperature=1.0, probs=None):
-    """−Σ q log q (N,) of log-softmax (N, V): log-sum-exp minus Σ q z loses a small H's digits."""
+    """−Σ q log q (N,) of log-softmax (N, V); probs: its exp, where that is at hand.
+
+    Not as log-sum-exp minus Σ q z, which loses the digits of a small H.
+    """
     if temperature != 1:  # softmax(z/T) = softmax(log p / T); less the maximum, T → 0 stays finite
         shifted = (all_logprobs - all_logprobs.amax(-1, keepdim=True)) / temperature
         all_logprobs, probs = torch.log_softmax(shifted, dim=-1), None
@@ -82,7 +85,10 @@ def entropy_of(all_logprobs, temperature=1.0, probs=None):
 
 
 class Tokens(NamedTuple):
-    """What a weighting sees of some sequences, all (B, T); reference: of the starting model."""
+    """What a weighting sees of some whole sequences, all (B, T); reference: of the starting model.
+
+    How many at once is decided by memory: a formula may mix the tokens of a row, not rows.
+    """
     logprobs: torch.Tensor
     entropy: torch.Tensor
     mask: torch.Tensor  # bool: answer tokens

@@ -40,13 +40,12 @@ def parse_args(argv=None):
                    help="model that unlearning started from (default: the run's own --model)")
     p.add_argument("--reference", **folder, help="model retrained without the forget set; "
                    "weights/retain if the target is weights/target")
-    p.add_argument("--forget", **path, default=bundled("data/forget.jsonl"), help="forget set")
-    p.add_argument("--retain", **path, default=bundled("data/retain.jsonl"),
-                   help="retain set: the first utility set")
-    p.add_argument("--facts", **path, nargs="+", default=[bundled("data/facts.jsonl")],
-                   help="further utility sets, with wrong answers as options")
-    p.add_argument("--holdout", **path, help="rows like the forget set that were never taught; "
-                   "data/holdout.jsonl if the forget set is the bundled one")
+    p.add_argument("--forget", **path, help="forget set (default: the run's own, else the bundled; "
+                   "so too the next three)")
+    p.add_argument("--retain", **path, nargs="+", help="retain set: the first utility set")
+    p.add_argument("--facts", **path, nargs="+",
+                   help="further utility sets, one a file, with wrong answers as options")
+    p.add_argument("--holdout", **path, help="rows like the forget set that were never taught")
     p.add_argument("--template", choices=data.TEMPLATES,
                    help="how a question is put to the model (default: the run's own, else plain)")
     p.add_argument("--json", **path, help="write the measurements, with per-row values")
@@ -102,20 +101,47 @@ def complete(args):
     if not isinstance(args.template, str) or args.template not in data.TEMPLATES:
         raise InputError(f"{args.models[0]}/args.json: unknown template {args.template!r:.40}: "
                          "give --template")
+    complete_sets(args, made)
     ours = cli.same(args.forget, bundled("data/forget.jsonl"))
     began, taught = made.get("model"), "forget" in made and made["forget"] is None
     if args.target is None and isinstance(began, str) and began and not taught:
         # Only what the user names is looked for on the hub, never what a file in a folder names.
-        here = [folder for folder in (began, bundled(began)) if os.path.isdir(folder)]
-        args.target = here[0] if here else args.models[0]
-        if not here:
+        args.target = here(began, os.path.isdir) or args.models[0]
+        if not here(began, os.path.isdir):
             warn(f"{args.models[0]} was made from {began}, which is no folder here: what is lost "
                  f"is measured against {args.target}, unless --target names it")
     args.target = args.target or (bundled("weights/target") if ours else args.models[0])
+    retrained = made.get("reference")
     if args.reference is None and cli.same(args.target, bundled("weights/target")):
         args.reference = bundled("weights/retain")
+    elif args.reference is None and isinstance(retrained, str):
+        args.reference = here(retrained, os.path.isdir)
     if args.holdout is None and ours:
         args.holdout = bundled("data/holdout.jsonl")
+
+
+def complete_sets(args, made):
+    """The data files: those that an unlearning run was made with, else the bundled ones."""
+    names = [name for name in ("forget", "retain", "facts") if getattr(args, name) is None]
+    if "forget" in names and args.holdout is None:  # it goes with its forget set
+        names.append("holdout")
+    for name in names if isinstance(made.get("forget"), str) else ():
+        told = made.get(name)
+        told = [told] if isinstance(told, str) else told if isinstance(told, list) else []
+        files = [here(file, os.path.exists) for file in told if isinstance(file, str)]
+        if None in files:
+            raise InputError(f"{args.models[0]}: was made with --{name} {told!s:.200}, not all of "
+                             f"which is here: give --{name}")
+        if files:
+            setattr(args, name, files if name in ("retain", "facts") else files[0])
+    args.forget = args.forget or bundled("data/forget.jsonl")
+    args.retain = args.retain or [bundled("data/retain.jsonl")]
+    args.facts = args.facts or [bundled("data/facts.jsonl")]
+
+
+def here(path, exists):
+    """Where a path of args.json leads today, from here or from the program; None if nowhere."""
+    return next((p for p in (path, bundled(path)) if exists(p)), None)
 
 
 def read_sets(args):
@@ -124,12 +150,13 @@ def read_sets(args):
     if len({"forget", "retain", "holdout", *options}) < 3 + len(options):
         raise InputError(f"--facts: {', '.join(options)}: each utility set needs a file name of "
                          "its own: rename one")
-    files = {"forget": args.forget, "retain": args.retain}
-    files |= zip(options, args.facts, strict=True)
+    files = {"forget": [args.forget], "retain": args.retain}
+    files |= {name: [file] for name, file in zip(options, args.facts, strict=True)}
     if args.holdout:
-        files["holdout"] = args.holdout
-    sets = {name: data.read_jsonl(file) for name, file in files.items()}
-    return sets, options, list(files.values())
+        files["holdout"] = [args.holdout]
+    sets = {name: [row for file in own for row in data.read_jsonl(file)]
+            for name, own in files.items()}
+    return sets, options, [file for own in files.values() for file in own]
 
 
 def find_models(args):

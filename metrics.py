@@ -107,6 +107,7 @@ def summarise(scores, target=None, reference=None):
     model utility       harmonic mean of the three columns of every utility set
     utility lost        model utility lost against the target, in points (× 100)
     forget quality      p-value of the Kolmogorov-Smirnov test between R and the retrained model's R
+    -log10 FQ           0 is best
     FQ (OU)             the same where R is OpenUnlearning's: 1e-10 added to the correct probability
     Min-K AUC           ROC-AUC with which Min-K tells the holdout from the forget set
     PrivLeak            that AUC against the retrained model's, relative, in percent

@@ -221,7 +221,7 @@ class Run:
     def checkpoint(self, decoder, optimizer):
         """Write weights, moments and state. FloatingPointError if a weight is not finite."""
         if not all(p.isfinite().all() for p in decoder.parameters()):
-            raise FloatingPointError("the weights")
+            raise FloatingPointError(f"the weights after step {self.state['step']}")
         self._still_here()
         os.fsync(self.file.fileno())
         self.state["log"] = self.file.tell()

@@ -197,8 +197,8 @@ def steps(decoder, optimizer, world, recipe, first=0):
 def train(run, decoder, world, recipe, glance, save_every=None):
     """The steps of a run, from its checkpoint if it has one, and what goes on beside them.
 
-    glance(decoder) -> a dict for the log after each epoch. Returns by how many nats a token the
-    retain loss rose. Stopped on divergence (1), on a signal (130): the last good state is kept.
+    glance(decoder) -> a dict for the log after each epoch. Returns the retain loss's largest rise
+    above its start, 0 if never .5 nats a token. Stopped on divergence (1), on a signal (130).
     """
     an_epoch, optimizer = recipe.steps_an_epoch(world), make_optimizer(decoder, recipe)
     total = recipe.epochs * an_epoch

@@ -3,8 +3,9 @@
     accelerate launch integrations/hf_trainer.py --model org/name --forget F --retain R --out DIR
     python -m torch.distributed.run --nproc-per-node 2 integrations/hf_trainer.py ... --use_cpu
 
-(the second on CPUs). Every flag of TrainingArguments works too. The loss is train.py's: means over
-the answer tokens of a step, its processes and micro-batches. (transformers 5.24, accelerate 1.15)
+(the second on CPUs). Every other flag of TrainingArguments works too. The loss is train.py's: means
+over the answer tokens of a step, its processes and micro-batches. The optimiser is the Trainer's:
+--warmup_steps N --adam_beta2 0.95 make it train.py's. (transformers 5.24, accelerate 1.15)
 """
 import argparse
 import sys
@@ -45,7 +46,7 @@ class ETWTrainer(hf.Trainer):
         logprobs, entropy, mask = etw.label_stats(outputs.logits, labels, self.temperature)
         # ω is per sequence: that retain rows get weights too, which nobody reads, changes nothing.
         weights = etw.weigh(self.method, etw.Tokens(logprobs, entropy, mask), *self.beta)
-        forget, retain = num_items_in_batch
+        forget, retain = (None, None) if num_items_in_batch is None else num_items_in_batch
         loss = etw.retain_loss(logprobs, mask & ~is_forget, retain)
         loss = loss + self.lam * etw.forget_loss(logprobs, weights, mask & is_forget, forget)
         return (loss, outputs) if return_outputs else loss

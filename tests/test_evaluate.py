@@ -659,6 +659,29 @@ def test_the_target_of_a_run_is_the_model_it_started_from(run, tiny, tmp_path, c
     assert list(numbers_shown(capsys.readouterr().out)) == [str(tiny), str(tmp_path)]
 
 
+def test_a_run_is_measured_on_the_sets_it_was_made_with(run, files, tiny, tmp_path, capsys):
+    out, path = tmp_path / "run", tmp_path / "out.json"
+    pretrained.save(pretrained.fresh(tiny, seed=2), out)
+    made = {"model": str(tiny), "reference": f"{files}/other", "forget": f"{files}/retain.jsonl",
+            "retain": [f"{files}/{name}.jsonl" for name in ("forget", "text")],
+            "facts": f"{files}/facts.jsonl", "holdout": f"{files}/holdout.jsonl"}
+    (out / "args.json").write_text(json.dumps(made))
+    usual = dict.fromkeys(("target", "reference", "forget", "retain", "facts", "holdout"))
+    assert run(**usual, model=out, json=path) == 0
+    assert list(numbers_shown(capsys.readouterr().out)) == [str(tiny), str(out), f"{files}/other"]
+    found = json.loads(path.read_text())[str(out)]["rows"]
+    assert {name: len(rows["nll"]) for name, rows in found.items()} == {
+        "forget": 3, "retain": 6, "facts": 1, "holdout": 1}
+
+    assert run(**usual | {"forget": f"{files}/forget.jsonl"}, model=out, json=path) == 0
+    found = json.loads(path.read_text())[str(out)]["rows"]
+    assert len(found["forget"]["nll"]) == 5 and "holdout" not in found
+
+    (out / "args.json").write_text(json.dumps(made | {"retain": [f"{files}/gone.jsonl"]}))
+    assert run(**usual, model=out) == 2
+    assert "--retain" in capsys.readouterr().err
+
+
 def test_a_taught_model_is_its_own_target(run, tiny, tmp_path, capsys):
     pretrained.save(pretrained.fresh(tiny, seed=2), tmp_path)
     (tmp_path / "args.json").write_text(json.dumps({"model": str(tiny), "forget": None}))
@@ -695,7 +718,8 @@ def test_bundled_files_are_found_from_any_folder(tiny, tmp_path, monkeypatch, ca
     monkeypatch.chdir(tmp_path)
     args = evaluate.parse_args([str(tiny)])
     evaluate.complete(args)
-    for path in (args.target, args.reference, args.forget, args.retain, *args.facts, args.holdout):
+    for path in (
+        args.target, args.reference, args.forget, *args.retain, *args.facts, args.holdout):
         assert os.path.exists(path)
     assert str(tmp_path) not in args.target
     args = evaluate.parse_args([str(tiny), "--forget", "mine.jsonl"])
@@ -733,7 +757,7 @@ def test_nothing_of_the_users_is_overwritten(run, files, tiny, tmp_path, capsys,
 def test_a_name_as_long_as_a_file_system_takes_is_written(tmp_path):
     cli.write_json(tmp_path / ("ä" * 127), 1)
     assert [p.read_text() for p in tmp_path.iterdir()] == ["1\n"]
-    with pytest.raises(InputError, match="too long"):
+    with pytest.raises(cli.InputError, match="too long"):
         cli.check_output("--json", tmp_path / ("ä" * 128), [], "")
 
 
