@@ -127,6 +127,14 @@ def test_the_trainers_step_is_the_papers_loss_however_cut(folder, pairs, expecte
     assert_same(one_step(model, pairs, tmp_path, size), expected)
 
 
+def test_a_batch_that_is_only_evaluated_has_the_loss_of_a_step(folder, pairs, expected, tmp_path):
+    args = hf.TrainingArguments(output_dir=tmp_path, use_cpu=True, save_strategy="no")
+    trainer = hf_trainer.ETWTrainer(load(folder), args, hf_trainer.collate, lam=LAMBDA,
+                                    temperature=T)
+    loss = trainer.compute_loss(trainer.model, hf_trainer.collate(pairs))
+    assert math.isclose(loss.item(), expected[0], rel_tol=1e-5)
+
+
 @pytest.mark.parametrize(("method", "beta"), [("etw", ()), ("wga", (2.0,)), ("satimp", (2.0, 0.5))])
 def test_the_trainers_step_is_train_pys_step(folder, pairs, tmp_path, method, beta):
     decoder = pretrained.load(folder / "model")
