@@ -9,10 +9,12 @@ import sys
 
 import numpy as np
 
+import cli
 import pretrained
 from cli import InputError, printable
 from measure import answers
 from metrics import summarise, token_weights
+from recipe import TUNED, Recipe
 
 # ---- Tables
 
@@ -294,7 +296,7 @@ def events(record, state, recipe, total):
                "at the last step")
 
 
-def remarks(world):
+def remarks(args, world):
     """What is not wrong but should be known, a line each."""
     def content(example):
         return example.question, example.answer, example.text
@@ -308,3 +310,8 @@ def remarks(world):
         more = " ..." if len(shared) > 5 else ""
         yield (f"{len(shared)} forget rows also stand in the retain set, which pulls them both "
                f"ways: {', '.join(shared[:5])}{more}")
+    usual = TUNED.get(args.method, {}).get("lr", Recipe.lr)
+    ours = args.from_scratch or cli.same(args.model, cli.bundled("weights/target"))
+    if args.forget and args.lr == usual and not ours:
+        yield (f"--lr {args.lr:g}, like the other defaults of --method {args.method}, was chosen "
+               "for the bundled model: docs/recipes.md says where to begin with other weights")

@@ -345,6 +345,15 @@ def test_rows_that_are_both_forgotten_and_retained_are_reported(run, world, caps
     assert "4 forget rows also stand in the retain set" in capsys.readouterr().err
 
 
+def test_defaults_of_the_bundled_model_are_said_to_be_its_own_where_another_is_unlearned(
+        run, capsys):
+    said = "docs/recipes.md says where to begin"
+    assert run("--method", "keep", "--epochs", 1) == 0  # lr 1e-3 is keep's default
+    assert said in capsys.readouterr().err
+    assert run("--method", "keep", "--epochs", 1, "--lr", "2e-3", out="other") == 0
+    assert said not in capsys.readouterr().err
+
+
 def test_the_program_exits_with_the_code_and_one_line(tmp_path):
     done = subprocess.run([sys.executable, ROOT / "train.py", "--forget", tmp_path / "no.jsonl"],
                           cwd=ROOT, capture_output=True, text=True, check=False)
