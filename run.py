@@ -45,6 +45,8 @@ class Run:
         self.identity, self.lock = identity(args, [*files, *described]), None
         self.base = None if args.out else Path("runs") / (args.method if args.forget else "teach")
         self.folder = Path(args.out) if args.out else self._default(args.resume)
+        if ".." in self.folder.parts:  # new/.. would leave `new` behind
+            self.folder = self.folder.resolve()
         self.replaces = False  # an older run, whose weights stay until our first checkpoint
         self.state = {"step": 0, "log": 0, "damage": 0.0}
         if args.overwrite and not args.out:

@@ -510,6 +510,13 @@ def test_overwriting_leaves_no_tokenizer_file_that_the_new_model_lacks(
     assert (place / "run/tokenizer_config.json").exists()
 
 
+def test_an_out_that_leads_back_here_is_refused_and_leaves_no_folder(arguments, place, capsys):
+    (place / "mine.txt").write_text("dear")
+    assert train.main([*arguments, "--out", "new/.."]) == 2
+    assert "holds files that are not a run's" in told(capsys)
+    assert [p.name for p in place.iterdir()] == ["mine.txt"]
+
+
 @pytest.mark.parametrize("name", ["log.jsonl", "result.json"])
 def test_what_a_run_would_replace_is_not_read_as_its_data(
         arguments, place, stubbed, capsys, name):
