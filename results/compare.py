@@ -27,6 +27,7 @@ tokens of the forget set)
 """
 import argparse
 import json
+import re
 import statistics
 import sys
 import time
@@ -36,7 +37,7 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from scatter import svg_scatter
+from scatter import SVG_HEAD, svg_scatter
 
 import cli
 import data
@@ -362,10 +363,10 @@ def plot(args):
     goals = {"retrained: the goal": place(sweep[1]), "never taught": place(sweep[0], "holdout")}
     groups = {pick["method"]: [place(r) for r in (pick, *others(seeds, pick))]
               for pick in picks(args, sweep)}
-    svg = svg_scatter(groups, goals, "NLL of the facts in forgotten answers, nats a token",
-                      "NLL of the words around them")
-    cli.check_output("--plot", args.plot, [args.sweep, args.repeats], svg.split(">")[0][:20])
-    cli.write_text(args.plot, svg)
+    cli.check_output("--plot", args.plot, [args.sweep, args.repeats], re.escape(SVG_HEAD))
+    cli.write_text(args.plot, svg_scatter(
+        groups, goals, "NLL of the facts in forgotten answers, nats a token",
+        "NLL of the words around them"))
 
 
 # ---- The command line

@@ -4,6 +4,7 @@ import math
 import statistics
 
 WIDTH, HEIGHT, LEFT, BOTTOM, EDGE = 720, 480, 58, 46, 14  # pixels
+SVG_HEAD = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}">'
 COLOURS = ("#e36209", "#0a84c6", "#8250df", "#2da44e", "#bf3989", "#9a8400", "#1b9e9e", "#d1414b",
            "#f0558a")
 STYLE = ("text{font:13px system-ui,sans-serif;fill:#1f2328}.axis{font-size:11px;fill:#59636e}"
@@ -57,8 +58,7 @@ def svg_scatter(groups, goals, x_name, y_name, least=0.01):
         taken.append((x(a) - 11, y(b) - 11, x(a) + 11, y(b) + 11))
         labels.append((name, x(a), y(b), ""))
     parts += [place(*label, taken) for label in reversed(labels)]  # the goals first
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}">'
-            f"<style>{STYLE}</style>\n" + "\n".join(parts) + "\n</svg>\n")
+    return (f"{SVG_HEAD}<style>{STYLE}</style>\n" + "\n".join(parts) + "\n</svg>\n")
 
 
 def axes(x, y, x_name, y_name):

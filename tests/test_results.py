@@ -193,9 +193,11 @@ def test_a_comparison_goes_on_where_it_was_killed_and_ends_in_tables_and_a_pictu
     for _ in range(2):  # its own picture may be replaced, nothing else
         compare.main(["plot", *few])
         ElementTree.parse(tmp_path / "plot")
-    (tmp_path / "plot").write_text("dear")
-    with pytest.raises(cli.InputError, match="--plot"):
-        compare.main(["plot", *few])
+    for theirs in ("dear", '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 9 9"></svg>'):
+        (tmp_path / "plot").write_text(theirs)
+        with pytest.raises(cli.InputError, match="--plot"):
+            compare.main(["plot", *few])
+        assert (tmp_path / "plot").read_text() == theirs
     with pytest.raises(cli.InputError, match="holds no run"):
         compare.main(["tables", "--sweep", str(tmp_path / "none")])
 
