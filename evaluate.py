@@ -38,8 +38,8 @@ def parse_args(argv=None):
                    help="model directories, e.g. runs/etw")
     p.add_argument("--target", **folder,
                    help="model that unlearning started from (default: the run's own --model)")
-    p.add_argument("--reference", **folder, help="model retrained without the forget set; "
-                   "weights/retain if the target is weights/target")
+    p.add_argument("--reference", **folder, help="model retrained without the forget set (default: "
+                   "the run's own; weights/retain if the target is weights/target)")
     p.add_argument("--forget", **path, help="forget set (default: the run's own, else the bundled; "
                    "so too the next three)")
     p.add_argument("--retain", **path, nargs="+", help="retain set: the first utility set")
@@ -106,8 +106,9 @@ def complete(args):
     began, taught = made.get("model"), "forget" in made and made["forget"] is None
     if args.target is None and isinstance(began, str) and began and not taught:
         # Only what the user names is looked for on the hub, never what a file in a folder names.
-        args.target = here(began, os.path.isdir) or args.models[0]
-        if not here(began, os.path.isdir):
+        found = here(began, os.path.isdir)
+        args.target = found or args.models[0]
+        if not found:
             warn(f"{args.models[0]} was made from {began}, which is no folder here: what is lost "
                  f"is measured against {args.target}, unless --target names it")
     args.target = args.target or (bundled("weights/target") if ours else args.models[0])
@@ -210,8 +211,6 @@ def measure_models(args, models, worlds, device):
         decoder = pretrained.load(models[path], device)
         if args.bits:
             round_weights(decoder, args.bits)
-        if not (sys.stderr and sys.stderr.isatty()):  # where no bar is seen
-            warn(f"measuring {path}")
         scores[path] = worlds[path].measure(decoder, bar=path)
         if not all(own.finite for own in scores[path].values()):
             raise InputError(f"{path}: its predictions are not finite: train or fetch it again")

@@ -3,6 +3,7 @@
 Per-token means are in nats and include the end token unless said otherwise.
 """
 import math
+import sys
 from itertools import groupby
 
 import numpy as np
@@ -14,7 +15,7 @@ import data
 import etw
 import metrics
 import model
-from cli import precision
+from cli import precision, printable
 
 MAX_NEW_TOKENS = 200  # of a greedy answer
 
@@ -208,7 +209,10 @@ class World:
             scores.endless[i] = len(ids) == min(MAX_NEW_TOKENS, context - len(prompts[i]))
 
     def measure(self, decoder, wrong=None, text=None, most=None, bar=None):
-        """{name: Scores} of all sets. wrong, text: the sets to look at these in; None: all."""
+        """{name: Scores} of all sets. wrong, text: the sets to look at these in; None: all; bar:
+        what is measured, for its progress bars or, off a terminal, a line on stderr."""
+        if bar and not (sys.stderr and sys.stderr.isatty()):
+            print(printable(f"measuring {bar}"), file=sys.stderr)
         taught = [name for name in self.sets if name != "holdout"]
         wrong = taught if wrong is None else wrong
         text = taught if text is None else text

@@ -31,6 +31,7 @@ ACTIVATIONS = {"silu": F.silu, "swish": F.silu, "relu": F.relu, "gelu": F.gelu,
                "gelu_new": GELU_TANH, "gelu_pytorch_tanh": GELU_TANH}
 REFUSED = {"quantization_config": "quantised weights", "add_cross_attention": "cross-attention",
            "num_experts": "mixture of experts", "num_local_experts": "mixture of experts"}
+# What transformers takes by Llama's name in every family, and then before the family's own.
 TWO_NAMES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
 NULLS = "num_key_value_heads", "head_dim", "sliding_window"  # as many as heads, D / H, none
 

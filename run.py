@@ -28,7 +28,7 @@ import pretrained
 from cli import InputError, Stopped
 
 FILES = "log.jsonl", "checkpoint.pt", "result.json", "model.safetensors"
-DESCRIBED = "config.json", "tokenizer.json", "tokenizer_config.json"  # what makes a model, beside
+DESCRIBED = "config.json", "tokenizer.json", "tokenizer_config.json"  # a model, beside its weights
 MARKS = {"method", "data_sha256", "versions", "git_commit"}  # an args.json with these keys is ours
 MAY_CHANGE = {"command", "versions", "git_commit", "save_every", "measure_rows"}  # kill to resume
 ASIDE = re.compile(r"\..+\.\d+\.aside")  # what a killed writer leaves

@@ -235,9 +235,7 @@ class Screen:
     def _look(self, name, decoder, named):
         world = self.world
         wrong = ("facts", "forget") if self.args.reference else ("facts",)
-        if not (sys.stderr and sys.stderr.isatty()):  # where no bar is seen
-            print(f"measuring: {name}", file=sys.stderr)
-        scores = world.measure(decoder, wrong, ("forget",), bar=f"measuring: {name}")
+        scores = world.measure(decoder, wrong, ("forget",), bar=name)
         if not all(own.finite for own in scores.values()):
             raise InputError(f"{named}: its predictions are not finite: its weights are broken; "
                              "fetch the model again")
