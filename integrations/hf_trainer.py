@@ -7,7 +7,6 @@
 over the answer tokens of a step, its processes and micro-batches. The optimiser is the Trainer's:
 --warmup_steps N --adam_beta2 0.95 make it train.py's. (transformers 5.24, accelerate 1.15)
 """
-import argparse
 import sys
 from pathlib import Path
 
@@ -86,17 +85,17 @@ def collate(pairs):
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    p = cli.Parser(description=__doc__.splitlines()[0])
     for flag in ("--model", "--forget", "--retain", "--out"):
         p.add_argument(flag, required=True)
     p.add_argument("--method", choices=METHODS, default="etw")
-    p.add_argument("--beta", type=float, nargs="+", default=(), help="β's of the method")
+    p.add_argument("--beta", type=float, nargs="+", default=[], help="β's of the method")
     p.add_argument("--template", choices=data.TEMPLATES, help="instead of the tokenizer's own")
     for flag, usual, kind, what in (("--lambda", 0.03, cli.number(least=0), "λ"),
                                     ("--temperature", 1.0, cli.number(above=0), "T of the entropy"),
                                     ("--epochs", 10, cli.number(int, least=1), "passes"),
                                     ("--max-length", 512, cli.number(int, 2), "tokens a row")):
-        p.add_argument(flag, type=kind, default=usual, help=f"{what} ({usual})")
+        p.add_argument(flag, type=kind, default=usual, help=what)
     own, rest = p.parse_known_args(argv)
     # The data set holds every pass in train.py's order: to the Trainer it is one epoch.
     usual = "--learning_rate 1e-5 --weight_decay 0.01 --save_strategy no --logging_steps 1".split()
@@ -104,9 +103,12 @@ def main(argv=None):
     parser = hf.HfArgumentParser(hf.TrainingArguments)
     try:
         etw.weigh(own.method, etw.ONE, *own.beta)
+    except ValueError as e:
+        p.error(f"--beta: {e}")
+    try:
         args, = parser.parse_args_into_dataclasses([*usual, *rest, *fixed, own.out])
     except ValueError as e:  # a flag that nobody knows, or a value
-        p.error(f"{e}")
+        p.error(str(e))
     tokenizer = hf.AutoTokenizer.from_pretrained(own.model)
     encoder, drawn = ChatEncoder(tokenizer, own.template), []
     for stream, path in enumerate((own.forget, own.retain)):
