@@ -32,9 +32,8 @@ class Stopped(Exception):
 class Parser(argparse.ArgumentParser):
     """argparse whose refusals are one line like all others, and whose help shows the defaults."""
 
-    def __init__(self, **kwargs):
-        kind = argparse.ArgumentDefaultsHelpFormatter
-        super().__init__(formatter_class=kind, allow_abbrev=False, **kwargs)
+    def __init__(self, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs):
+        super().__init__(formatter_class=formatter_class, allow_abbrev=False, **kwargs)
 
     def error(self, message):
         raise InputError(" ".join(message.split()))

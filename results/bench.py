@@ -292,8 +292,7 @@ def report(args, rows, flops, times, memory, rates):
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--shape", choices=SHAPES, default="small")
     p.add_argument("--model", metavar="DIR", help="a Llama model directory instead of a shape")
     p.add_argument("--batch-size", type=int, default=16, help="forget rows, and as many retain")
@@ -331,4 +330,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli.guarded("bench.py", main, None))

@@ -373,8 +373,7 @@ def plot(args):
 
 
 def parse_args(argv):
-    p = argparse.ArgumentParser(description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
     add("task", choices=("sweep", "repeat", "tables", "details", "grid", "runs", "plot"))
     add("--sweep", metavar="FILE", default="results/sweep.jsonl")

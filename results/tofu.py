@@ -15,9 +15,14 @@ Of each author all 20 rows, or with --rows so many of a forget and of a retain a
 import argparse
 import json
 import re
+import sys
 from pathlib import Path
 
 import tokenizers
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import cli
+from cli import InputError
 
 CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 4000,
           "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4,
@@ -64,19 +69,19 @@ def write_start(start, texts):
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("source", type=Path, metavar="TOFU_DIR")
     p.add_argument("out", type=Path, metavar="OUT")
     p.add_argument("--forget", choices=("forget01", "forget05", "forget10"), default="forget10")
     p.add_argument("--authors", type=int, default=60, help="to retain")
     p.add_argument("--rows", type=int, nargs=2, default=(20, 20), metavar=("FORGET", "RETAIN"))
     args = p.parse_args(argv)
-    if args.out.exists() and any(args.out.iterdir()):
-        p.error(f"{args.out}: exists and is not empty: name a new folder")
+    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
+        raise InputError(f"{args.out}: exists and is not an empty folder: name a new one")
 
     def read(name):
-        lines = (args.source / f"{name}.jsonl").read_text("utf-8").splitlines()
+        path = args.source / f"{name}.jsonl"
+        lines = cli.read_bytes(path, "TOFU_DIR is the folder of TOFU's files").splitlines()
         return [json.loads(line) for line in lines]
 
     def write(name, rows):
@@ -84,9 +89,9 @@ def main(argv=None):
         (args.out / f"{name}.jsonl").write_text(lines, "utf-8")
 
     everything = read("forget10"), read("retain90")
+    forget, options = read(args.forget), read("retain_perturbed")
     write_start(args.out / "start", [f"{row['question']} {row['answer']}"
                                      for rows in everything for row in rows])
-    forget = read(args.forget)
     others = everything[0][:-len(forget)]  # forget05 and forget01 are the last of forget10
     retain = shortest(everything[1][:20 * args.authors], args.rows[1])
     asked = {row["question"] for row in retain}
@@ -95,9 +100,9 @@ def main(argv=None):
         if rows:
             write(name, [row | {"spans": informative(row)} for row in rows])
     write("retain", retain)
-    measured = [row for row in read("retain_perturbed") if row["question"] in asked]
+    measured = [row for row in options if row["question"] in asked]
     write("retain_measured", measured)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(cli.guarded("tofu.py", main, None))

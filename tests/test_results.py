@@ -275,14 +275,38 @@ def test_a_small_tofu_world_takes_each_authors_shortest_rows_and_keeps_the_sets_
     assert questions["retain_measured"] < questions["retain"]
     assert (tmp_path / "out/start/tokenizer.json").exists()
     before = (tmp_path / "out/retain.jsonl").read_bytes()
-    with pytest.raises(SystemExit):  # what stands there may be the user's
+    with pytest.raises(cli.InputError):  # what stands there may be the user's
         tofu.main([str(tmp_path), str(tmp_path / "out")])
     assert (tmp_path / "out/retain.jsonl").read_bytes() == before
 
 
-def test_another_file_than_the_one_whose_checksum_is_known_is_refused(capsys):
-    with pytest.raises(SystemExit, match="SHA-256"):
+def test_another_file_than_the_one_whose_checksum_is_known_is_refused():
+    with pytest.raises(cli.Stopped, match="SHA-256"):
         smollm2.check("wheel", b"other", smollm2.WHEEL_SHA256)
+
+
+@pytest.mark.parametrize("program, flags, wrong", [
+    (bench, ["--shape", "huge"], "--shape"),
+    (compare, ["tables", "--method", "etw"], "--method"),
+    (compare, ["runs", "--sweep", "absent.jsonl"], "absent.jsonl"),
+    (smollm2, [], "OUT"),
+    (tofu, ["absent", "OUT"], "absent/forget10.jsonl"),
+    (tofu, ["absent", "OUT", "--rows", "6"], "--rows")])
+def test_a_wrong_command_of_an_experiment_is_one_line_that_names_it_and_nothing_is_written(
+        program, flags, wrong, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.guarded("program", program.main, flags) == 2
+    out, err = capsys.readouterr()
+    assert not out and err.count("\n") == 1 and wrong in err
+    assert not any(tmp_path.iterdir())
+
+
+def test_the_pretrained_experiment_names_a_missing_package_before_it_downloads(
+        tmp_path, monkeypatch):
+    monkeypatch.setattr(smollm2, "NEEDED", ("json", "no_such_package"))
+    monkeypatch.setattr(smollm2, "fetch", lambda folder: pytest.fail("downloads"))
+    with pytest.raises(cli.InputError, match="pip install no_such_package$"):
+        smollm2.main([str(tmp_path / "out")])
 
 
 def test_both_sides_of_the_benchmark_take_a_step_on_the_same_rows(tiny, transformers):
