@@ -243,7 +243,7 @@ def unlearn(argv):
     check_flags(args)
     device, dtype = cli.pick_device(args.device, args.dtype)
     source = pretrained.resolve(args.model)
-    size = pretrained.check_memory(source, device, bytes_each=16)  # weight, gradient, moments
+    pretrained.check_memory(source, device, bytes_each=16)  # weight, gradient, moments
     weights = [] if args.from_scratch else pretrained.weight_files(pretrained.check(source))
     models = [source, pretrained.check(args.reference)] if args.reference else [source]
     context, *other = (pretrained.read_config(m)[0].max_position_embeddings for m in models)
@@ -263,7 +263,6 @@ def unlearn(argv):
         if run.finished:
             print(f"{run.folder}: this run is finished; there is nothing to resume")
         else:
-            print(f"{source}: {size / 1e6:,.1f} million parameters on {device}", file=sys.stderr)
             execute(run, args, source, world, device)
 
 
@@ -275,6 +274,8 @@ def execute(run, args, source, world, device):
     decoder = (pretrained.fresh(source, args.seed, device) if args.from_scratch
                else pretrained.load(source, device))
     decoder.checkpointing = args.gradient_checkpointing
+    size = sum(p.numel() for p in decoder.parameters()) / 1e6
+    print(f"{source}: {size:,.1f} million parameters on {device}", file=sys.stderr)
     shown.before(decoder)
     if args.forget and etw.needs_start(args.method):  # once: no second model stays in memory
         world.starting = world.starting_stats(decoder, bar="starting log p")

@@ -2,6 +2,7 @@
 import contextlib
 import gc
 import json
+import math
 import multiprocessing
 import multiprocessing.forkserver
 import os
@@ -18,7 +19,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import cli
 import data
@@ -508,6 +509,17 @@ def test_overwriting_leaves_no_tokenizer_file_that_the_new_model_lacks(
     assert train.main([*arguments, "--out", "run", "--overwrite"]) == 0
     assert not (place / "run/chat_template.jinja").exists()
     assert (place / "run/tokenizer_config.json").exists()
+
+
+def test_a_model_with_a_broken_weight_is_one_line_that_names_it_and_no_run(
+        tiny, arguments, place, tmp_path, capsys):
+    broken = shutil.copytree(tiny, tmp_path / "broken")
+    weights = load_file(broken / "model.safetensors")
+    weights["model.norm.weight"][3] = math.nan
+    save_file(weights, broken / "model.safetensors")
+    assert train.main([*arguments, "--model", str(broken)]) == 2
+    line, = capsys.readouterr().err.splitlines()
+    assert "model.norm.weight" in line and not any(place.iterdir())
 
 
 def test_an_out_that_leads_back_here_is_refused_and_leaves_no_folder(arguments, place, capsys):
