@@ -29,10 +29,17 @@ class Stopped(Exception):
 # ---- Flags
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Help with the defaults, but for those that it tells in words."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse whose refusals are one line like all others, and whose help shows the defaults."""
 
-    def __init__(self, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs):
+    def __init__(self, formatter_class=Help, **kwargs):
         super().__init__(formatter_class=formatter_class, allow_abbrev=False, **kwargs)
 
     def error(self, message):

@@ -41,11 +41,12 @@ def parse_args(argv=None):
     p.add_argument("--reference", **folder, help="model retrained without the forget set (default: "
                    "the run's own; weights/retain if the target is weights/target)")
     p.add_argument("--forget", **path, help="forget set (default: the run's own, else the bundled; "
-                   "so too the next three)")
+                   "so too the next two)")
     p.add_argument("--retain", **path, nargs="+", help="retain set: the first utility set")
     p.add_argument("--facts", **path, nargs="+",
                    help="further utility sets, one a file, with wrong answers as options")
-    p.add_argument("--holdout", **path, help="rows like the forget set that were never taught")
+    p.add_argument("--holdout", **path, help="rows like the forget set that were never taught "
+                   "(default: as --forget, unless that is given)")
     p.add_argument("--template", choices=data.TEMPLATES,
                    help="how a question is put to the model (default: the run's own, else plain)")
     p.add_argument("--json", **path, help="write the measurements, with per-row values")
@@ -113,10 +114,10 @@ def complete(args):
                  f"is measured against {args.target}, unless --target names it")
     args.target = args.target or (bundled("weights/target") if ours else args.models[0])
     retrained = made.get("reference")
-    if args.reference is None and cli.same(args.target, bundled("weights/target")):
-        args.reference = bundled("weights/retain")
-    elif args.reference is None and isinstance(retrained, str):
+    if args.reference is None and isinstance(retrained, str):
         args.reference = here(retrained, os.path.isdir)
+    elif args.reference is None and cli.same(args.target, bundled("weights/target")):
+        args.reference = bundled("weights/retain")
     if args.holdout is None and ours:
         args.holdout = bundled("data/holdout.jsonl")
 

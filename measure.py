@@ -50,7 +50,7 @@ def answer_tokens(decoder, sequences, dtype=torch.float32, temperature=1.0, full
             chunks = (t.split(max(1, budget // 8)) for t in (hidden, batch.targets[batch.mask]))
             columns = torch.cat([numbers(*chunk) for chunk in zip(*chunks, strict=True)], 1)
             ends = np.cumsum([len(s.tokens) - s.start for s in some])[:-1]
-            parts = np.split(columns.double().cpu().numpy(), ends, axis=1)
+            parts = np.split(columns.cpu().double().numpy(), ends, axis=1)
             for i, part in zip(batch_rows, parts, strict=True):
                 results[i] = part
             done.update(len(some))

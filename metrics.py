@@ -26,7 +26,8 @@ def probability(nll, wrong_nll=None):
 def truth_ratio(paraphrased_nll, perturbed_nll, epsilon=0.0):
     """Wrong over correct, (n,): exp(nll of the correct answer − mean nll of the k wrong ones).
 
-    TOFU, arXiv 2401.06121, equation 1. paraphrased_nll (n,), perturbed_nll (n, k), nats a token.
+    paraphrased_nll (n,), perturbed_nll (n, k), nats a token. The wrong ones' mean is geometric, as
+    in TOFU's code; equation 1 of its paper, arXiv 2401.06121, has the arithmetic one.
     epsilon: added to the probability of the correct answer, as OpenUnlearning does.
     """
     correct = np.asarray(paraphrased_nll, np.float64)
@@ -102,14 +103,14 @@ def summarise(scores, target=None, reference=None):
     SET probability     exp(−mean NLL) a row; where wrong answers are options, its share among them
     SET rouge           ROUGE-L recall of the greedy answer
     SET truth_ratio     R, wrong over correct: mean min(R, 1/R) of forget, else mean max(0, 1 − R)
-    forget memorised    share of answer tokens that greedy argmax gets right
-    forget extraction   1 − k/n, k the first token from which the rest of the answer is right
+    forget memorised    share of answer tokens that greedy argmax gets right; no end token
+    forget extraction   1 − k/n, k the first token from which the rest is right; no end token
     model utility       harmonic mean of the three columns of every utility set
     utility lost        model utility lost against the target, in points (× 100)
     forget quality      p-value of the Kolmogorov-Smirnov test between R and the retrained model's R
     -log10 FQ           0 is best
     FQ (OU)             the same where R is OpenUnlearning's: 1e-10 added to the correct probability
-    Min-K AUC           ROC-AUC with which Min-K tells the holdout from the forget set
+    Min-K AUC           ROC-AUC with which Min-K tells the holdout from the forget set; no end token
     PrivLeak            that AUC against the retrained model's, relative, in percent
     weights AUC         ROC-AUC with which ETW's weights tell informative tokens from the others
     """

@@ -272,7 +272,7 @@ def check(name_or_path):
 def check_memory(name_or_path, device="cpu", bytes_each=4):
     """InputError if the parameters, counted by config.json alone, cannot fit into memory.
 
-    bytes_each: of a parameter and what is kept with it; 16 to train in float32 with Adam.
+    bytes_each: of a parameter and what is kept with it; 16 to train all in float32 with Adam.
     """
     config, files = read_config(resolve(name_or_path))
     with torch.device("meta"):  # shapes and no memory; one layer, as all are alike

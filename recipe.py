@@ -18,8 +18,9 @@ def flag(default, type, help):
 
 @dataclass(frozen=True)
 class Recipe:
-    """What the steps depend on, beside the model and the data: the paper's method. train.py forgets
-    with `keep` by the defaults of TUNED; the β's of a formula have theirs in etw.py."""
+    """What the steps depend on beside model and data. The defaults are the paper's method's; TUNED
+    replaces them where train.py forgets with `keep`, its default. Those of the β's are in etw.py.
+    """
     lam: float = flag(0.03, number(least=0), "λ, weight of the forget loss")
     temperature: float = flag(1.0, number(above=0), "T of the entropy's softmax(z/T)")
     epochs: int = flag(20, number(int, 1, 10**6), "passes through the forget (or taught) set")
@@ -97,7 +98,8 @@ def parse_args(argv=None):
         help="bfloat16: autocast over float32 weights, the default on a GPU that has it")
     add("--gradient-checkpointing", action="store_true", help="less memory for a third more time")
     add("--save-every", type=number(int, 1), help="steps between checkpoints; else an epoch")
-    add("--measure-rows", type=number(int, 1), default=400, help="rows of each set to measure")
+    add("--measure-rows", type=number(int, 1), default=400,
+        help="most rows of a set to measure, evenly spaced")
     add("--resume", action="store_true",
         help="go on where a killed run stopped; the command otherwise unchanged")
     add("--overwrite", action="store_true", help="replace the run in --out")

@@ -4,8 +4,9 @@ A model directory (config.json, weights, tokenizer) with, beside it,
     args.json       what makes it this run: what it was told, SHA-256 of data and weights, versions
     log.jsonl       one object a step and one an epoch
     checkpoint.pt   weights, AdamW moments and step, a digest at its end; gone once all is done
-    result.json     the measurements; with the digest of the args.json that they belong to
-Every file is written aside and renamed: a kill at any moment leaves the old one or the new one.
+    result.json     the measurements, with a digest of what args.json tells that a run hangs on
+The log grows in place; every other file is written aside and renamed: a kill at any moment leaves
+the old one or the new one.
 """
 import contextlib
 import fcntl
@@ -30,7 +31,7 @@ from cli import InputError, Stopped
 FILES = "log.jsonl", "checkpoint.pt", "result.json", "model.safetensors"
 DESCRIBED = "config.json", "tokenizer.json", "tokenizer_config.json"  # a model, beside its weights
 MARKS = {"method", "data_sha256", "versions", "git_commit"}  # an args.json with these keys is ours
-MAY_CHANGE = {"command", "versions", "git_commit", "save_every", "measure_rows"}  # kill to resume
+MAY_CHANGE = {"command", "versions", "git_commit", "save_every", "measure_rows"}  # at --resume
 ASIDE = re.compile(r"\..+\.\d+\.aside")  # what a killed writer leaves
 
 

@@ -198,7 +198,7 @@ def train(run, decoder, world, recipe, glance, save_every=None):
     """The steps of a run, from its checkpoint if it has one, and what goes on beside them.
 
     glance(decoder) -> a dict for the log after each epoch. Returns the retain loss's largest rise
-    above its start, 0 if never .5 nats a token. Stopped on divergence (1), on a signal (130).
+    above its start; 0 if never above .5 nats a token. Stopped on divergence (1), on a signal (130).
     """
     an_epoch, optimizer = recipe.steps_an_epoch(world), make_optimizer(decoder, recipe)
     total = recipe.epochs * an_epoch
@@ -243,7 +243,7 @@ def unlearn(argv):
     check_flags(args)
     device, dtype = cli.pick_device(args.device, args.dtype)
     source = pretrained.resolve(args.model)
-    pretrained.check_memory(source, device, bytes_each=16)  # weight, gradient, moments
+    pretrained.check_memory(source, device, 4 + 12 * args.layers)  # weights; gradient, moments
     weights = [] if args.from_scratch else pretrained.weight_files(pretrained.check(source))
     models = [source, pretrained.check(args.reference)] if args.reference else [source]
     context, *other = (pretrained.read_config(m)[0].max_position_embeddings for m in models)

@@ -3,9 +3,10 @@
     accelerate launch integrations/hf_trainer.py --model org/name --forget F --retain R --out DIR
     python -m torch.distributed.run --nproc-per-node 2 integrations/hf_trainer.py ... --use_cpu
 
-(the second on CPUs). Every other flag of TrainingArguments works too. The loss is train.py's: means
-over the answer tokens of a step, its processes and micro-batches. The optimiser is the Trainer's:
---warmup_steps N --adam_beta2 0.95 make it train.py's. (transformers 5.24, accelerate 1.15)
+(the second on CPUs). Other flags of TrainingArguments work too, but for its epochs, order of rows
+and output folder. The loss is train.py's: means over the answer tokens of a step, its processes and
+micro-batches. The optimiser is the Trainer's: --warmup_steps N --adam_beta2 0.95 make it
+train.py's. (transformers 5.24, accelerate 1.15)
 """
 import sys
 from pathlib import Path

@@ -714,6 +714,17 @@ def test_a_file_in_a_folder_sends_nobody_to_the_hub(
     )
 
 
+@pytest.mark.parametrize("told, reference", [("other", "other"), (None, "weights/retain")])
+def test_the_reference_is_the_runs_own_though_the_bundled_target_has_one(
+        files, tmp_path, told, reference):
+    made = {"model": cli.bundled("weights/target"), "reference": told and f"{files}/{told}",
+            "forget": f"{files}/forget.jsonl", "retain": f"{files}/retain.jsonl"}
+    (tmp_path / "args.json").write_text(json.dumps(made))
+    args = evaluate.parse_args([str(tmp_path)])
+    evaluate.complete(args)
+    assert args.reference == (f"{files}/{told}" if told else cli.bundled(reference))
+
+
 def test_bundled_files_are_found_from_any_folder(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     args = evaluate.parse_args([str(tiny)])

@@ -763,6 +763,24 @@ def test_bundled_defaults_are_the_programs_and_out_is_the_users(arguments, place
     assert asked["folder"] == Path("runs/etw")
 
 
+def test_layers_that_are_not_trained_need_no_memory_for_gradients_and_moments(
+        arguments, place, monkeypatch, capsys):
+    count = sum(p.numel() for p in pretrained.load(arguments[1]).parameters())
+    monkeypatch.setattr(pretrained, "_free_memory", lambda device: 10 * count)
+    monkeypatch.setattr(train, "execute", lambda *_: None)
+    assert train.main([*arguments, "--layers", "0.5"]) == 0  # 4 + 12 / 2 bytes a parameter
+    assert train.main([*arguments, "--layers", "1"]) == 2
+    assert "GB are free" in told(capsys)
+
+
+@pytest.mark.parametrize("program", [train, evaluate])
+def test_help_tells_each_default_once(program, capsys):
+    with pytest.raises(SystemExit):
+        program.main(["-h"])
+    out = " ".join(capsys.readouterr().out.split())
+    assert "default: auto)" in out and "None)" not in out
+
+
 # ---- what a foreign tokenizer can hold
 
 
