@@ -382,7 +382,8 @@ def parse_args(argv):
     add("--methods", nargs="+", choices=etw.WEIGHTINGS, default=list(etw.WEIGHTINGS))
     add("--strengths", type=float, nargs="+", default=STRENGTHS, help="s, for sweep and grid")
     add("--lr", type=float, nargs="+", default=RATES, help="for sweep; the first one for grid")
-    add("--seeds", type=int, nargs="+", default=[1, 2, 3], help="for repeat")
+    add("--seeds", type=int, nargs="+", help="for repeat: 1 2 3 unless given; for sweep: other "
+        "seeds of these very settings, into --repeats")
     add("--layers", type=float, default=1.0, help="share of the layers to train, as in train.py")
     add("--epochs", type=int, default=20, help="for sweep and grid")
     add("--temperature", type=float, help="T of the entropy, and of the runs to choose from")
@@ -417,13 +418,14 @@ def main(argv=None):
         raise cli.InputError(f"--sweep {args.sweep}: holds no run: `sweep` makes it")
     if args.task == "sweep":
         beta = args.beta and tuple(args.beta)
-        wanted = [(method, strength, lr, args.epochs, args.layers, args.temperature, beta, 0)
+        wanted = [(method, strength, lr, args.epochs, args.layers, args.temperature, beta, seed)
+                  for seed in args.seeds or [0]
                   for lr in args.lr for strength in args.strengths for method in args.methods]
-        do_runs(args, wanted, args.sweep)
+        do_runs(args, wanted, args.repeats if args.seeds else args.sweep)
     elif args.task == "repeat":
         sweep = read(args.sweep, args.over)
         wanted = [key_of(pick | {"seed": seed})[:-1]
-                  for seed in args.seeds for pick in picks(args, sweep)]
+                  for seed in args.seeds or [1, 2, 3] for pick in picks(args, sweep)]
         do_runs(args, wanted, args.repeats)
     else:
         {"tables": tables, "details": details, "grid": grid, "runs": runs,

@@ -180,6 +180,11 @@ def test_a_comparison_goes_on_where_it_was_killed_and_ends_in_tables_and_a_pictu
     repeats = compare.read(tmp_path / "repeats")
     assert [(r["method"], r.get("seed")) for r in repeats[2:]] == [
         ("etw", 1), ("npo", 1), ("spans", 1)]
+    before = sweep.read_bytes()
+    compare.main(["sweep", *few, "--seeds", "1", "2", "--methods", "npo", "spans"])
+    repeats = compare.read(tmp_path / "repeats")  # seed 1 was there
+    assert [(r["method"], r["seed"]) for r in repeats[5:]] == [("npo", 2), ("spans", 2)]
+    assert sweep.read_bytes() == before
     capsys.readouterr()
     compare.main(["tables", *few])
     compare.main(["grid", *few])
