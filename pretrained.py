@@ -270,7 +270,7 @@ def check(name_or_path):
 
 
 def check_memory(name_or_path, device="cpu", bytes_each=4):
-    """InputError if the parameters, counted by config.json alone, cannot fit into memory.
+    """The number of parameters, by config.json alone. InputError if they cannot fit into memory.
 
     bytes_each: of a parameter and what is kept with it; 16 to train all in float32 with Adam.
     """
@@ -284,6 +284,7 @@ def check_memory(name_or_path, device="cpu", bytes_each=4):
         raise InputError(
             f"{files.folder}: {count:,} parameters in {layers} layers need {needed:,.1f} GB of "
             f"memory on {device}, where {free:,.1f} GB are free: use a smaller model")
+    return count
 
 
 def _free_memory(device):

@@ -276,7 +276,7 @@ def test_the_readme_recipe_pasted_into_etw_passes_all_tests_of_the_weighting_mat
     (tmp_path / "README.md").write_text(readme, "utf-8")
     (tmp_path / "conftest.py").write_text(
         "from hypothesis import settings\n"
-        "settings.register_profile('x', deadline=None, max_examples=10, derandomize=True)\n"
+        "settings.register_profile('x', deadline=None, max_examples=5, derandomize=True)\n"
         "settings.load_profile('x')\n")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider",
                "--rootdir", str(tmp_path), "-k", "not pasted"]

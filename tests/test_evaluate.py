@@ -22,6 +22,7 @@ import measure
 import metrics
 import model
 import pretrained
+import screen
 
 TOFU = cli.ROOT.parent / "shared/tofu/logs"  # public, and not ours to commit
 LOG2, LOG4, LOG8 = math.log(2), math.log(4), math.log(8)
@@ -330,6 +331,14 @@ def test_what_cannot_be_encoded_or_is_cut_is_known_before_any_model(letters, fil
     assert sizes[0] < sizes[1] and world.cut == {"forget": 0, "retain": 1} and world.cut_others > 0
 
 
+def test_a_text_row_is_scored_over_all_its_windows():
+    windows = [data.Sequence([0] * 3, 1, None, False, 0), data.Sequence([0] * 3, 1, None, False, 0)]
+    tokens = [np.array([[-1.0, -2.0], [1.0, 1.0], [1.0, 1.0]]),
+              np.array([[-3.0, -6.0], [1.0, 1.0], [1.0, 0.0]])]
+    found = measure.Scores(windows, tokens)
+    assert (found.nll, found.memorised, found.extraction, found.min_k) == ([3], [0.75], [0], [6])
+
+
 # ---- columns
 
 
@@ -557,10 +566,9 @@ def test_json_holds_the_tables_and_a_value_for_every_row(run, files, tiny, tmp_p
     assert list(found) == list(shown) == [f"{files}/other", str(tiny)]
     for path, one in found.items():
         numbers = one["measurements"]
-        inner = metrics.inside.__doc__
-        columns = [c for c in numbers if c not in inner] + [c for c in numbers if c in inner]
-        cells = [evaluate.show(numbers[c]) for c in numbers]
-        assert sorted(shown[path]) == sorted(cells) and len(columns) == len(cells)
+        inner = [c for c in numbers if c.endswith(" NLL") or c.split()[0] in screen.INSIDE]
+        columns = [c for c in numbers if c not in inner] + inner
+        assert shown[path] == [evaluate.show(numbers[c]) for c in columns]
         assert list(one["weights AUC"]) == list(etw.WEIGHTINGS)
         for name, count in (("forget", 5), ("retain", 3), ("facts", 1), ("holdout", 1)):
             assert all(len(values) == count for values in one["rows"][name].values())
@@ -842,3 +850,46 @@ def test_wrong_input_is_refused_in_one_line_with_exit_code_two(
         and len(err.splitlines()) == 1
     )
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_wrong_answers_are_options_in_every_facts_file_whatever_its_name(run, files, tmp_path):
+    found = {}
+    for name in ("facts", "capitals"):
+        (tmp_path / f"{name}.jsonl").write_bytes((files / "facts.jsonl").read_bytes())
+        assert run(facts=tmp_path / f"{name}.jsonl", json=tmp_path / "out.json") == 0
+        numbers = json.loads((tmp_path / "out.json").read_text())[f"{files}/other"]["measurements"]
+        found[name] = numbers[f"{name} probability"], numbers["model utility"]
+    assert found["capitals"] == found["facts"]
+
+
+def test_bits_reach_the_numbers_and_a_head_of_its_own_is_not_rounded(run, files, tmp_path):
+    nll = []
+    for bits in (None, 2):
+        assert run(bits=bits, json=tmp_path / "out.json") == 0
+        out = json.loads((tmp_path / "out.json").read_text())
+        nll.append(out[f"{files}/other"]["measurements"]["forget NLL"])
+    assert nll[0] != nll[1]
+    untied = cli.ROOT / "tests/fixtures/qwen3"  # in `tiny` the head is the embedding, no layer
+    before, after = pretrained.load(untied), pretrained.load(untied)
+    evaluate.round_weights(after, 2)
+    assert before.lm_head is not None and torch.equal(before.head, after.head)
+    assert not torch.equal(before.layers[0].mlp.up_proj.weight, after.layers[0].mlp.up_proj.weight)
+
+
+def test_the_heat_map_is_of_the_first_model_named(run, files, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(evaluate, "draw", lambda file, path, scores, *_: drawn.append(
+        (path, scores.nll[0])))
+    assert run(heatmap=tmp_path / "x.svg", json=tmp_path / "out.json") == 0
+    rows = json.loads((tmp_path / "out.json").read_text())[f"{files}/other"]["rows"]
+    assert drawn == [(f"{files}/other", rows["forget"]["nll"][0])]
+
+
+def test_a_question_is_asked_in_the_template_of_the_run(tiny, tmp_path, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(measure.model, "generate",
+                        lambda decoder, prompts, *_: asked.extend(prompts) or [[5]])
+    model = shutil.copytree(tiny, tmp_path / "run")
+    (model / "args.json").write_text(json.dumps({"template": "llama2"}))
+    assert evaluate.main([str(model), "--ask", "Who?", "--device", "cpu"]) == 0
+    assert data.Tokenizer(model).decode(asked[0]) == "[INST] Who? [/INST]"

@@ -1,4 +1,5 @@
 """The loss is the same number in other people's trainers: whole, cut, DDP, FSDP, OpenUnlearning."""
+import copy
 import importlib.util
 import json
 import math
@@ -149,7 +150,7 @@ def test_the_trainers_step_is_train_pys_step(folder, pairs, tmp_path, method, be
 
 
 def test_the_trainer_refuses_what_it_cannot_weigh(folder, pairs, tmp_path):
-    for method in ("tnpo", "npo", "spans"):
+    for method in ("keep", "tnpo", "npo", "spans"):
         with pytest.raises(ValueError, match=f"{method} needs"):
             one_step(load(folder), pairs, tmp_path, method=method)
         with pytest.raises(cli.InputError, match=f"invalid choice: '{method}'"):
@@ -256,7 +257,8 @@ class GradDiff:
         return model(**retain_inputs).loss
 
 
-def test_the_open_unlearning_trainer_has_the_same_loss(folder, pairs, expected, monkeypatch):
+def test_the_open_unlearning_trainer_has_the_same_loss(
+        folder, pairs, expected, tmp_path, monkeypatch):
     for name in ("trainer", "trainer.unlearn", "trainer.unlearn.grad_diff"):
         monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(GradDiff=GradDiff))
     path = ROOT / "integrations" / "open_unlearning" / "etw_trainer.py"
@@ -272,6 +274,12 @@ def test_the_open_unlearning_trainer_has_the_same_loss(folder, pairs, expected, 
               "retain": {k: v[~forget] for k, v in batch.items()}}
     inputs["forget"]["index"] = torch.arange(4)
     model = load(folder)
+    with torch.no_grad():  # another weighting with β's of its own, retain rows twice as dear
+        kept = GradDiff().compute_retain_loss(model, dict(inputs["retain"]))
+        loss = module.ETW(gamma=LAMBDA, alpha=2.0, temperature=T, weighting="satimp",
+                          beta=[2, 0.5]).compute_loss(model, copy.deepcopy(inputs))
+    other, _ = one_step(load(folder), pairs, tmp_path, method="satimp", beta=[2, 0.5])
+    assert loss.item() - kept.item() == pytest.approx(other, rel=1e-5)
     loss = module.ETW(gamma=LAMBDA, temperature=T).compute_loss(model, inputs)
     loss.backward()
     assert_same((loss.item(), gradients(model)), expected)
@@ -312,3 +320,22 @@ def test_the_program_never_imports_transformers():
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "False\n", done.stderr
 
+
+
+def test_the_flags_of_the_command_reach_the_trainer(folder, tmp_path, monkeypatch):
+    seen = []
+    for name in ("save_model", "save_state"):
+        monkeypatch.setattr(hf_trainer.ETWTrainer, name, lambda self: None)
+    monkeypatch.setattr(hf_trainer.ETWTrainer, "train", lambda self: seen.append(self))
+    hf_trainer.main(f"""--model {folder}/model --forget {folder}/forget.jsonl
+        --retain {folder}/retain.jsonl --out {tmp_path} --use_cpu --epochs 2 --max-length 40
+        --method satimp --beta 2 0.5 --lambda 0.7 --temperature 3 --template llama2""".split())
+    trainer, = seen
+    assert (trainer.method, [*trainer.beta], trainer.lam, trainer.temperature) == (
+        "satimp", [2, 0.5], 0.7, 3)
+    tokenizer = data.Tokenizer(folder / "model", "llama2")
+    for stream, kind in enumerate(("forget", "retain")):  # every pass, in train.py's order
+        rows, _ = data.encode(data.read_jsonl(folder / f"{kind}.jsonl"), tokenizer, 40)
+        passes = data.draw(len(rows), trainer.args.seed, stream, 0, 8)
+        assert [pair[stream].tokens for pair in trainer.train_dataset] == [
+            rows[i].tokens for i in passes]

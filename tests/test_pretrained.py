@@ -387,6 +387,7 @@ def test_a_value_that_is_not_finite_is_found_when_loading_though_no_token_meets_
 def test_what_cannot_fit_into_memory_is_refused_by_arithmetic_with_its_size(folder, monkeypatch):
     decoder = pretrained.load(folder)
     count = sum(p.numel() for p in decoder.parameters())
+    assert pretrained.check_memory(folder) == count
     monkeypatch.setattr(pretrained, "_free_memory", lambda device: 16 * count)
     pretrained.check_memory(folder, bytes_each=16)
     with pytest.raises(InputError, match=f"{count:,} parameters in 2 layers need .* GB"):

@@ -18,6 +18,7 @@ import torch
 import cli
 import data
 import measure
+import pretrained
 
 ROOT = Path(__file__).resolve().parents[1]
 SMOLLM2 = ["--sweep", "results/smollm2-sweep.jsonl", "--repeats", "results/smollm2-seeds.jsonl",
@@ -205,6 +206,58 @@ def test_a_comparison_goes_on_where_it_was_killed_and_ends_in_tables_and_a_pictu
         assert (tmp_path / "plot").read_text() == theirs
     with pytest.raises(cli.InputError, match="holds no run"):
         compare.main(["tables", "--sweep", str(tmp_path / "none")])
+
+
+@pytest.fixture
+def unlike(few, tiny, tmp_path):
+    """`few` with another reference and with files that differ: (flags, {name: questions})."""
+    pretrained.save(pretrained.fresh(tiny, seed=1), tmp_path / "retrained")
+    questions = {}
+    for name in ("forget", "retain", "facts", "holdout", "retain_measured"):
+        rows = [json.loads(line) for line in (tmp_path / "forget.jsonl").read_text().splitlines()]
+        rows = [row | {"question": f"{name}: {row['question'].split(': ')[-1]}"} for row in rows]
+        questions[name] = [row["question"] for row in rows]
+        write(tmp_path / f"{name}-unlike.jsonl", rows)
+    flags = [*few, "--reference", str(tmp_path / "retrained"),
+             "--retain-measured", str(tmp_path / "retain_measured-unlike.jsonl")]
+    for name in ("forget", "retain", "facts", "holdout"):
+        flags += [f"--{name}", str(tmp_path / f"{name}-unlike.jsonl")]
+    return flags, questions
+
+
+def test_each_file_of_a_comparison_is_what_its_flag_says(unlike):
+    flags, questions = unlike
+    taught, measured, options = compare.read_sets(compare.parse_args(["sweep", *flags]))
+
+    def asked(sets):
+        return {name: [row.question for row in rows] for name, rows in sets.items()}
+
+    assert asked(taught) == {name: questions[name] for name in ("forget", "retain")}
+    assert asked(measured) == {
+        "forget": questions["forget"], "retain": questions["retain_measured"][::2],
+        "facts-unlike": questions["facts"][::2], "holdout": questions["holdout"]}
+    assert options == ["facts-unlike"]
+
+
+def test_a_comparison_is_held_against_the_reference_and_takes_every_options_file(unlike):
+    flags, _ = unlike
+    experiment = compare.Experiment(compare.parse_args(["sweep", *flags]), [])
+    target, retrained = experiment.yardsticks()
+    assert retrained["distance"] == 0 < target["distance"]
+    assert target["said"] == experiment.target["said"]
+    name = "facts-unlike"
+    plain = measure.World({name: experiment.measured.sets[name]}, experiment.measured.tokenizer,
+                          experiment.measured.max_length, options=[name])
+    own = plain.score(experiment.retrained, name, text=False).probability
+    assert retrained[f"{name} probability"] == pytest.approx(np.mean(own))
+
+
+def test_seed_and_layers_of_a_comparison_reach_its_runs(few, tmp_path):
+    few = [*few, "--methods", "etw"]
+    for more in [["--seeds", "1", "2"], ["--seeds", "1", "--layers", "0.5"]]:
+        compare.main(["sweep", *few, *more])
+    numbers = [r["forget NLL"] for r in compare.read(tmp_path / "repeats")[2:]]
+    assert len(set(numbers)) == 3
 
 
 def test_a_temperature_and_betas_reach_the_weights_and_the_strength(few, tmp_path):

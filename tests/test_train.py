@@ -169,6 +169,53 @@ def test_an_epoch_goes_through_the_whole_forget_set_and_every_retain_row_is_seen
     assert sorted(kept[:7]) == list(range(7))
 
 
+def test_each_epoch_takes_every_forget_row_once_and_in_an_order_of_its_own(task):
+    recipe, size = train.Recipe(batch_size=1), len(task.sequences["forget"])
+    taken = [train.step_rows(step, task, recipe)[0].sequence.row for step in range(6 * size)]
+    epochs = [tuple(taken[i:i + size]) for i in range(0, len(taken), size)]
+    assert all(sorted(epoch) == list(range(size)) for epoch in epochs) and len(set(epochs)) > 1
+
+
+def test_a_forget_row_of_a_step_brings_its_own_numbers_of_the_starting_model(task):
+    recipe, forget = train.Recipe(batch_size=3, seed=5), task.sequences["forget"]
+    rows = [row for step in range(4) for row in train.step_rows(step, task, recipe)]
+    assert any(row.stream == train.FORGET for row in rows)
+    for row in rows:
+        own = row.stream == train.FORGET and task.starting[forget.index(row.sequence)]
+        assert row.starting is (own if row.stream == train.FORGET else None)
+
+
+def test_weight_decay_shrinks_matrices_alone(world):
+    decoder, before = (pretrained.load(world / "target") for _ in range(2))
+    recipe = train.Recipe(weight_decay=0.5, lr=0.1)
+    optimizer = train.make_optimizer(decoder, recipe)
+    for p in decoder.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    for p, q in zip(decoder.parameters(), before.parameters(), strict=True):
+        torch.testing.assert_close(p, q * (0.95 if p.dim() > 1 else 1))
+
+
+def test_a_gradient_is_cut_to_the_largest_norm_and_the_log_tells_its_own(world, task):
+    decoder, recipe = pretrained.load(world / "target"), train.Recipe(clip=1e-3, method="uniform")
+    optimizer = train.make_optimizer(decoder, recipe)
+    optimizer.zero_grad = lambda **_: None
+    record = train.train_step(decoder, optimizer, all_rows(task), 0.0, recipe)
+    norm = sum(p.grad.square().sum() for p in decoder.parameters()).sqrt().item()
+    assert norm == pytest.approx(1e-3, rel=1e-2) and record["grad_norm"] > 2e-3
+
+
+def test_the_log_tells_the_nll_and_entropy_of_the_forget_tokens_alone(world, task):
+    decoder, recipe = pretrained.load(world / "target"), train.Recipe(micro_batch_size=3)
+    tokens = measure.answer_tokens(decoder, task.sequences["forget"])
+    logprobs, entropy = (torch.cat([torch.from_numpy(t[i]) for t in tokens]) for i in (0, 1))
+    record = train.train_step(decoder, train.make_optimizer(decoder, recipe), all_rows(task), 0.0,
+                              recipe)
+    assert record["forget_nll"] == pytest.approx(-logprobs.mean().item(), rel=1e-4)
+    assert record["entropy"] == pytest.approx(entropy.mean().item(), rel=1e-4)
+    assert record["mean_weight"] == pytest.approx(1)
+
+
 # ---- what a run promises
 
 
@@ -257,6 +304,21 @@ def test_keep_has_its_own_defaults_only_where_rows_are_forgotten_and_a_flag_alwa
         0.4, 1.0, [2.5, 4, 10])
     for flags in ("--forget", "f.jsonl", "--method", "etw"), ("--retain", "r.jsonl"):
         assert settings(*flags) == (train.Recipe().lam, 1.0, [])
+
+
+def test_betas_and_temperature_of_the_command_line_reach_the_weights(run, tmp_path):
+    for usual, *more in (["--method", "wga"], "--beta", 3), (["--method", "keep"],
+                                                            "--temperature", 3):
+        for out, flags in ("usual", usual), ("other", [*usual, *more]):
+            assert run(*flags, "--epochs", 1, "--overwrite", out=out) == 0
+        usual, other = (log_of(tmp_path / out)[0] for out in ("usual", "other"))
+        assert usual["mean_weight"] != other["mean_weight"]
+
+
+def test_a_run_warms_up_for_so_many_epochs(run, tmp_path):
+    assert run("--warmup-epochs", 2) == 0  # of two steps each, at --lr 1e-3
+    rates = [r["lr"] for r in log_of(tmp_path / "run") if "step" in r]
+    assert rates == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3, 1e-3, 7.5e-4, 5e-4, 2.5e-4])
 
 
 # ---- what it refuses
@@ -468,3 +530,14 @@ def test_a_run_told_until_ends_after_the_first_step_that_has_forgotten_so_much(
 def test_damage_to_the_retain_set_warns_once(run, capsys):
     assert run("--lambda", 50, "--lr", "1e-2", "--method", "uniform") in (0, 1)
     assert capsys.readouterr().err.count("above its start") == 1
+
+
+@pytest.mark.parametrize("method", ["keep", "tnpo"])
+def test_a_resumed_run_weighs_by_the_model_it_started_from(run, tmp_path, monkeypatch, method):
+    told = "--method", method, "--lambda", 2
+    assert run(*told, out="whole") == 0
+    with monkeypatch.context() as once:
+        at_step(once, 5, lambda _: os.kill(os.getpid(), signal.SIGINT))
+        assert run(*told) == 130
+    assert run(*told, "--resume") == 0
+    assert weights(tmp_path / "run") == weights(tmp_path / "whole")
