@@ -1,5 +1,6 @@
 """One hypothesis profile (no deadline: CI machines stutter), tiny models, an oracle."""
 
+import gc
 import json
 import shutil
 from pathlib import Path
@@ -12,9 +13,15 @@ from hypothesis import settings
 import data
 import pretrained
 
-settings.register_profile("etw", deadline=None, max_examples=60, derandomize=True, print_blob=True)
+settings.register_profile("etw", deadline=None, max_examples=40, derandomize=True, print_blob=True)
 settings.load_profile("etw")
 torch.set_num_threads(1)  # tiny matrices: a second thread only waits
+
+
+@pytest.fixture(scope="module", autouse=True)
+def frozen():
+    """Each run collects garbage: not through all that the tests have loaded."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

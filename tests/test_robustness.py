@@ -39,7 +39,6 @@ def nursery():
     with contextlib.chdir(cli.ROOT):
         processes.set_forkserver_preload(["train", "torch._dynamo", "pytest", "hypothesis"])
         multiprocessing.forkserver.ensure_running()
-    gc.freeze()  # each run collects garbage: not through all that the tests have loaded
 
 
 @pytest.fixture
@@ -229,12 +228,13 @@ def test_a_run_killed_before_any_file_operation_resumes_to_the_same_bytes_and_le
         arguments, place):
     receiver, sender = multiprocessing.Pipe(duplex=False)
     whole, report = place / "whole", place.parent / "report"
+    arguments = [*arguments, "--epochs", "1"]
     assert in_child([*arguments, "--out", whole], report, ["blind"],
                     ["record_operations", whole, sender])[0] == 0
     count = 0
     while receiver.poll():
         count = receiver.recv()
-    assert count > 50
+    assert count > 40
     resumed = set()
     for number in range(1, count + 1):
         out = place / f"killed{number}"
@@ -246,7 +246,7 @@ def test_a_run_killed_before_any_file_operation_resumes_to_the_same_bytes_and_le
             code, lines = in_child([*flags, "--resume"], report, ["blind"])
             assert code == 0, (number, lines)
             same_run(out, whole)
-    assert len(resumed) >= 20
+    assert len(resumed) >= 15
 
 
 def left_by_a_kill(out):
