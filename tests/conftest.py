@@ -13,7 +13,7 @@ from hypothesis import settings
 import data
 import pretrained
 
-settings.register_profile("etw", deadline=None, max_examples=40, derandomize=True, print_blob=True)
+settings.register_profile("etw", deadline=None, max_examples=60, derandomize=True, print_blob=True)
 settings.load_profile("etw")
 torch.set_num_threads(1)  # tiny matrices: a second thread only waits
 

@@ -228,13 +228,12 @@ def test_a_run_killed_before_any_file_operation_resumes_to_the_same_bytes_and_le
         arguments, place):
     receiver, sender = multiprocessing.Pipe(duplex=False)
     whole, report = place / "whole", place.parent / "report"
-    arguments = [*arguments, "--epochs", "1"]
     assert in_child([*arguments, "--out", whole], report, ["blind"],
                     ["record_operations", whole, sender])[0] == 0
     count = 0
     while receiver.poll():
         count = receiver.recv()
-    assert count > 40
+    assert count > 50
     resumed = set()
     for number in range(1, count + 1):
         out = place / f"killed{number}"
@@ -246,7 +245,7 @@ def test_a_run_killed_before_any_file_operation_resumes_to_the_same_bytes_and_le
             code, lines = in_child([*flags, "--resume"], report, ["blind"])
             assert code == 0, (number, lines)
             same_run(out, whole)
-    assert len(resumed) >= 15
+    assert len(resumed) >= 20
 
 
 def left_by_a_kill(out):
@@ -645,8 +644,8 @@ def test_divergence_says_the_truth_about_what_is_kept(
         code = train.main([*arguments, "--batch-size", "1", "--model", str(half), "--lr", "10",
                            *flags.split(), "--out", str(out)])
         error = capsys.readouterr().err
+        assert code in (0, 1) and "Traceback" not in error
         codes.append(code)
-        assert "Traceback" not in error
         if code:
             line = said(error.splitlines())
             assert "--lr" in line and ("checkpoint" in line or "last good state" in line)
@@ -655,7 +654,7 @@ def test_divergence_says_the_truth_about_what_is_kept(
                 assert all(tensor.isfinite().all() for tensor in tensors)
             if "no checkpoint" in line:
                 assert sorted(p.name for p in out.iterdir()) == ["args.json", "log.jsonl"]
-    assert sorted(set(codes)) in ([1], [0, 1])  # one of them at least does diverge
+    assert 1 in codes
 
 
 def test_divergence_before_the_first_checkpoint_claims_nothing_that_is_not_there(
