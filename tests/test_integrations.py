@@ -321,7 +321,6 @@ def test_the_program_never_imports_transformers():
     assert done.stdout == "False\n", done.stderr
 
 
-
 def test_the_flags_of_the_command_reach_the_trainer(folder, tmp_path, monkeypatch):
     seen = []
     for name in ("save_model", "save_state"):

@@ -234,17 +234,21 @@ def test_a_run_killed_before_any_file_operation_resumes_to_the_same_bytes_and_le
     while receiver.poll():
         count = receiver.recv()
     assert count > 50
-    resumed = set()
-    for number in range(1, count + 1):
+
+    def killed(number):
         out = place / f"killed{number}"
-        flags = [*arguments, "--out", out]
-        code, _ = in_child(flags, report, ["blind"], ["kill_before", out, number])
-        assert code == -signal.SIGKILL
-        if (left := left_by_a_kill(out)) not in resumed:  # the same goes on in the same way
-            resumed.add(left)
-            code, lines = in_child([*flags, "--resume"], report, ["blind"])
-            assert code == 0, (number, lines)
-            same_run(out, whole)
+        return out, Started([*arguments, "--out", out], place.parent / f"report{number}",
+                            ["blind"], ["kill_before", out, number])
+
+    resumed, numbers = set(), range(1, count + 1)
+    for pair in (numbers[i:i + 2] for i in range(0, count, 2)):  # side by side
+        for out, process in [killed(number) for number in pair]:
+            assert process.end()[0] == -signal.SIGKILL
+            if (left := left_by_a_kill(out)) not in resumed:  # the same goes on in the same way
+                resumed.add(left)
+                code, lines = in_child([*arguments, "--out", out, "--resume"], report, ["blind"])
+                assert code == 0, (out, lines)
+                same_run(out, whole)
     assert len(resumed) >= 20
 
 
