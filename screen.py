@@ -194,12 +194,12 @@ class Screen:
         """Measure the retrained model, if any. InputError if its numbers are not finite."""
         self.args, self.world, self.device = args, world, device
         self.scores, self.said = {}, {}  # of each column: {set: Scores}, {set: answers}
-        self.asked = {}  # {set: the Examples whose answers are shown}, evenly spaced
+        self.asked = {}  # {set: {place among the measured rows: Example whose answer is shown}}
         for name in ("forget", "retain"):
             rows = world.measured.get(name, [])
             few = min(ANSWERS, len(rows))
-            rows = [rows[i * len(rows) // few] for i in range(few)]
-            self.asked[name] = [example for example in rows if example.text is None]
+            places = [i * len(rows) // few for i in range(few)]  # evenly spaced
+            self.asked[name] = {i: rows[i] for i in places if rows[i].text is None}
         if args.reference:
             decoder = pretrained.load(args.reference, device)
             self._look("never taught", decoder, "--reference " + args.reference)
@@ -240,8 +240,9 @@ class Screen:
             raise InputError(f"{named}: its predictions are not finite: its weights are broken; "
                              "fetch the model again")
         self.scores[name] = scores
-        self.said[name] = {kind: answers(decoder, world.tokenizer, asked, world.dtype)
-                           for kind, asked in self.asked.items()}
+        kept = self.asked["retain"].values()
+        self.said[name] = {"forget": [scores["forget"].answer[i] for i in self.asked["forget"]],
+                           "retain": answers(decoder, world.tokenizer, kept, world.dtype)}
 
     def text(self, damage):
         """The screen: the table, what the run damaged, answers, what the method looked at."""
@@ -255,7 +256,7 @@ class Screen:
             lines.append(f"retain loss rose by up to {damage:.2f} nats a token during the run: "
                          "what should be kept is damaged")
         for kind, examples in self.asked.items():
-            for i, example in enumerate(examples):
+            for i, example in enumerate(examples.values()):
                 lines += ["", printable(f"{kind}: {example.question}")]
                 lines += [f"  {name:13} {_short(self.said[name][kind][i])}" for name in order
                           if name in self.said and (name != "never taught" or kind == "forget")]
