@@ -393,6 +393,22 @@ def test_every_comparison_table_stands_whole_as_the_committed_runs_give_it(
         assert f"\n\n{table}\n" in document, table
 
 
+def test_each_run_on_a_pretrained_model_has_its_command_and_each_command_its_runs(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    page = (ROOT / "results/README.md").read_text("utf-8").split("\n## ")
+    section, = (part for part in page if part.startswith("TOFU on a pretrained model"))
+    world = re.search('WORLD="(.+)"', section)[1]
+    asked = {}
+    monkeypatch.setattr(compare, "do_runs", lambda args, wanted, path: asked.setdefault(
+        path, set()).update(wanted))
+    for line in re.findall("^    python results/compare.py ((?:sweep|repeat) .+)$", section, re.M):
+        compare.main(line.replace("$WORLD", world).split())
+    kept = {path: {compare.key_of(r)[:-1] for r in compare.read(path) if "seed" in r}
+            for path in asked}
+    assert sorted(asked) == ["results/smollm2-seeds.jsonl", "results/smollm2-sweep.jsonl"]
+    assert asked == kept
+
+
 def test_the_verdict_in_the_readme_is_that_of_the_committed_runs():
     sweep = compare.read(ROOT / "results/smollm2-sweep.jsonl", SMOLLM2[-2:])
     page = (ROOT / "README.md").read_text("utf-8")
