@@ -297,8 +297,8 @@ def events(record, state, recipe, total):
                "at the last step")
 
 
-def remarks(args, world):
-    """What is not wrong but should be known, a line each."""
+def remarks(args, world, scores):
+    """What is not wrong but should be known, a line each. scores: Screen's, before the run."""
     def content(example):
         return example.question, example.answer, example.text
 
@@ -311,6 +311,14 @@ def remarks(args, world):
         more = " ..." if len(shared) > 5 else ""
         yield (f"{len(shared)} forget rows also stand in the retain set, which pulls them both "
                f"ways: {', '.join(shared[:5])}{more}")
+    before = summarise(scores["before"])
+    never = (summarise(scores["never taught"]).get("forget NLL") if args.reference
+             else before.get("holdout NLL"))
+    if args.forget and never is not None and before["forget NLL"] >= never:
+        yield (f"forget answers are at {before['forget NLL']:.2f} nats a token before the first "
+               f"step, those of a model never taught at {never:.2f}: as they are written this one "
+               "does not know them, and there is nothing to forget; is --template the one it was "
+               "taught with?")
     usual = TUNED.get(args.method, {}).get("lr", Recipe.lr)
     ours = args.from_scratch or cli.same(args.model, cli.bundled("weights/target"))
     if args.forget and args.lr == usual and not ours:

@@ -279,7 +279,7 @@ def execute(run, args, source, world, device):
     shown.before(decoder)
     if args.forget and etw.needs_start(args.method):  # once: no second model stays in memory
         world.starting = world.starting_stats(decoder, bar="starting log p")
-    for line in screen.remarks(args, world):  # not before everything that can be refused has been
+    for line in screen.remarks(args, world, shown.scores):  # nothing is refused after this
         print(line, file=sys.stderr)
     run.begin()
     damage = train(run, decoder, world, recipe, shown.glance, args.save_every)

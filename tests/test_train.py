@@ -407,6 +407,19 @@ def test_rows_that_are_both_forgotten_and_retained_are_reported(run, world, caps
     assert "4 forget rows also stand in the retain set" in capsys.readouterr().err
 
 
+def test_answers_that_the_model_does_not_know_as_written_are_reported_before_the_first_step(
+        run, world, tiny, tmp_path, capsys):
+    strange = tmp_path / "strange.jsonl"
+    strange.write_text('{"question": "Who is Zed?", "answer": "A quaint waxwing judge."}\n')
+    known, said = world / "forget.jsonl", "there is nothing to forget; is --template"
+    for unknown, flags in [(False, ["--holdout", strange]),
+                           (True, ["--forget", strange, "--holdout", known]),
+                           (False, ["--reference", tiny]),
+                           (True, ["--model", tiny, "--reference", world / "target"])]:
+        assert run("--epochs", 1, "--overwrite", *flags) == 0
+        assert (said in capsys.readouterr().err) == unknown, flags
+
+
 def test_defaults_of_the_bundled_model_are_said_to_be_its_own_where_another_is_unlearned(
         run, capsys):
     said = "docs/recipes.md says where to begin"
