@@ -205,8 +205,20 @@ class Screen:
             self._look("never taught", decoder, "--reference " + args.reference)
 
     def before(self, decoder):
-        """Measure the starting model. InputError if its numbers are not finite."""
+        """Measure the starting model. InputError if its numbers are not finite.
+
+        Returns what should be known of it, a list of lines.
+        """
         self._look("before", decoder, "--model " + self.args.model)
+        own = summarise(self.scores["before"])
+        known, never = own.get("forget NLL"), own.get("holdout NLL")
+        if self.args.reference:
+            never = summarise(self.scores["never taught"]).get("forget NLL")
+        if known is None or never is None or known < never:
+            return []
+        return [f"forget answers are at {known:.2f} nats a token before the first step, what was "
+                f"never taught at {never:.2f}: as they are written the model does not know them, "
+                "and there is nothing to forget; is --template the one it was taught with?"]
 
     def glance(self, decoder):
         """A few rows, for the log after an epoch: {column: number}."""
@@ -297,8 +309,8 @@ def events(record, state, recipe, total):
                "at the last step")
 
 
-def remarks(args, world, scores):
-    """What is not wrong but should be known, a line each. scores: Screen's, before the run."""
+def remarks(args, world):
+    """What is not wrong but should be known, a line each."""
     def content(example):
         return example.question, example.answer, example.text
 
@@ -311,14 +323,6 @@ def remarks(args, world, scores):
         more = " ..." if len(shared) > 5 else ""
         yield (f"{len(shared)} forget rows also stand in the retain set, which pulls them both "
                f"ways: {', '.join(shared[:5])}{more}")
-    before = summarise(scores["before"])
-    never = (summarise(scores["never taught"]).get("forget NLL") if args.reference
-             else before.get("holdout NLL"))
-    if args.forget and never is not None and before["forget NLL"] >= never:
-        yield (f"forget answers are at {before['forget NLL']:.2f} nats a token before the first "
-               f"step, those of a model never taught at {never:.2f}: as they are written this one "
-               "does not know them, and there is nothing to forget; is --template the one it was "
-               "taught with?")
     usual = TUNED.get(args.method, {}).get("lr", Recipe.lr)
     ours = args.from_scratch or cli.same(args.model, cli.bundled("weights/target"))
     if args.forget and args.lr == usual and not ours:

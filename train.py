@@ -276,10 +276,10 @@ def execute(run, args, source, world, device):
     decoder.checkpointing = args.gradient_checkpointing
     size = sum(p.numel() for p in decoder.parameters()) / 1e6
     print(f"{source}: {size:,.1f} million parameters on {device}", file=sys.stderr)
-    shown.before(decoder)
+    doubts = shown.before(decoder)
     if args.forget and etw.needs_start(args.method):  # once: no second model stays in memory
         world.starting = world.starting_stats(decoder, bar="starting log p")
-    for line in screen.remarks(args, world, shown.scores):  # nothing is refused after this
+    for line in [*screen.remarks(args, world), *doubts]:  # nothing is refused after this
         print(line, file=sys.stderr)
     run.begin()
     damage = train(run, decoder, world, recipe, shown.glance, args.save_every)
